@@ -1,0 +1,70 @@
+//! Guest memory as devices see it. Every access, whatever crate makes it, goes through [`PodRegion::get_slice`],
+//! which hands out shared pages only; a private, absent or wrapping address is an error of that one access.
+
+use std::sync::Arc;
+
+use vm_memory::bitmap::BS;
+use vm_memory::guest_memory::Result;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection,
+    GuestRegionMmap, GuestUsize, MemoryRegionAddress, VolatileSlice,
+};
+
+/// Tells which guest pages devices may touch.
+pub trait SharedPages: Send + Sync {
+    /// Whether every byte of `[gpa, gpa + len)` is shared. On the data path: lock-free.
+    fn is_shared(&self, gpa: u64, len: u64) -> bool;
+}
+
+/// One RAM region of a pod.
+pub struct PodRegion {
+    inner: Arc<GuestRegionMmap>,
+    gate: Option<Arc<dyn SharedPages>>,
+}
+
+/// All RAM of a pod, as devices may use it.
+pub type PodMemory = GuestRegionCollection<PodRegion>;
+
+impl PodRegion {
+    /// Wraps `inner`. `gate` is None for a pod that is not confidential: all pages are shared.
+    #[must_use]
+    pub fn new(inner: Arc<GuestRegionMmap>, gate: Option<Arc<dyn SharedPages>>) -> Self {
+        Self { inner, gate }
+    }
+}
+
+impl std::fmt::Debug for PodRegion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PodRegion({:#x}+{:#x})", self.inner.start_addr().0, self.inner.len())
+    }
+}
+
+impl GuestMemoryRegion for PodRegion {
+    type B = ();
+
+    fn len(&self) -> GuestUsize {
+        self.inner.len()
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        self.inner.start_addr()
+    }
+
+    fn bitmap(&self) -> BS<'_, Self::B> {}
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.inner.file_offset()
+    }
+
+    fn get_slice(&self, offset: MemoryRegionAddress, count: usize) -> Result<VolatileSlice<'_, BS<'_, Self::B>>> {
+        if let Some(gate) = &self.gate {
+            let gpa = GuestAddress(self.inner.start_addr().0.wrapping_add(offset.0));
+            if !gate.is_shared(gpa.0, count as u64) {
+                return Err(GuestMemoryError::InvalidGuestAddress(gpa));
+            }
+        }
+        self.inner.get_slice(offset, count)
+    }
+}
+
+impl GuestMemoryRegionBytes for PodRegion {}

@@ -1,0 +1,60 @@
+//! What devices need of the hypervisor, as traits: doorbells (ioeventfd), message-signalled and pin interrupts
+//! (irqfd). The monitor implements them on KVM; tests implement them with plain memory.
+
+use std::io;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// Where an MSI is sent (PCI 3.0 6.8.2): the address and data that the guest programmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsiMessage {
+    /// Message address.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+}
+
+/// The interrupt vectors of one device.
+pub trait MsiVectors: Send + Sync {
+    /// Routes vector `index` to `message`, or nowhere (masked). Cheap when nothing changes.
+    ///
+    /// # Errors
+    /// When the hypervisor refuses the route.
+    fn set(&self, index: u16, message: Option<MsiMessage>) -> io::Result<()>;
+    /// Raises vector `index`; a vector that is routed nowhere is dropped.
+    ///
+    /// # Errors
+    /// When the hypervisor's descriptor fails.
+    fn trigger(&self, index: u16) -> io::Result<()>;
+    /// The descriptor that raises vector `index` when written, for vhost back ends.
+    fn eventfd(&self, index: u16) -> Option<EventFd>;
+}
+
+/// A pin interrupt.
+pub trait IrqLine: Send + Sync {
+    /// Raises an edge.
+    ///
+    /// # Errors
+    /// When the hypervisor's descriptor fails.
+    fn trigger(&self) -> io::Result<()>;
+}
+
+/// The hypervisor as devices use it.
+pub trait Hypervisor: Send + Sync {
+    /// Makes guest writes to MMIO `address` (of any length, with any value) signal `fd` without leaving the kernel.
+    ///
+    /// # Errors
+    /// When the hypervisor refuses.
+    fn add_doorbell(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+    /// Undoes [`Hypervisor::add_doorbell`].
+    ///
+    /// # Errors
+    /// When the hypervisor refuses.
+    fn remove_doorbell(&self, address: u64, fd: &EventFd) -> io::Result<()>;
+    /// Reserves `count` interrupt vectors for one device. Nothing is registered before the guest routes one.
+    ///
+    /// # Errors
+    /// When no vectors are left.
+    fn msi_vectors(&self, count: u16) -> io::Result<Arc<dyn MsiVectors>>;
+}

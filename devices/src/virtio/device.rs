@@ -1,0 +1,194 @@
+//! The trait of a virtio device and what it receives when the driver is ready. The transport owns status, feature
+//! negotiation and queue configuration; after DRIVER_OK the queues move into the device, and nothing that the
+//! guest writes to the transport can change them (typed: [`Activation`] holds validated queues).
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+
+use crate::memory::PodMemory;
+
+/// Raises a queue's interrupt.
+pub trait QueueInterrupt: Send + Sync {
+    /// Tells the driver that used buffers are there.
+    ///
+    /// # Errors
+    /// When the hypervisor's descriptor fails.
+    fn signal_used(&self) -> io::Result<()>;
+}
+
+/// Why a device cannot go on. The transport answers with DEVICE_NEEDS_RESET; other devices live on.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The queue's rings are broken or lie in memory that the device may not touch.
+    #[error("virtqueue {index}: {source}")]
+    Queue {
+        /// Which queue.
+        index: usize,
+        /// What is wrong.
+        source: virtio_queue::Error,
+    },
+    /// A host resource failed.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The error.
+        source: io::Error,
+    },
+}
+
+/// A queue in use: configured, validated, and no longer writable by the guest.
+pub struct ActiveQueue {
+    index: usize,
+    queue: Queue,
+    interrupt: Arc<dyn QueueInterrupt>,
+}
+
+impl ActiveQueue {
+    /// Wraps a queue that the transport has validated.
+    pub fn new(index: usize, queue: Queue, interrupt: Arc<dyn QueueInterrupt>) -> Self {
+        Self {
+            index,
+            queue,
+            interrupt,
+        }
+    }
+
+    /// Takes the next available descriptor chain.
+    ///
+    /// # Errors
+    /// When the ring cannot be read or its index makes no sense.
+    pub fn pop(&mut self, memory: &Arc<PodMemory>) -> Result<Option<DescriptorChain<Arc<PodMemory>>>, DeviceError> {
+        let index = self.index;
+        let mut iter = self
+            .queue
+            .iter(Arc::clone(memory))
+            .map_err(|source| DeviceError::Queue { index, source })?;
+        Ok(iter.next())
+    }
+
+    /// Puts the last popped chain back, to be popped again later.
+    pub fn undo_pop(&mut self) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    }
+
+    /// Gives the chain starting at `head` back to the driver with `len` bytes written.
+    ///
+    /// # Errors
+    /// When the used ring cannot be written.
+    pub fn add_used(&mut self, memory: &Arc<PodMemory>, head: u16, len: u32) -> Result<(), DeviceError> {
+        let index = self.index;
+        self.queue
+            .add_used(memory.as_ref(), head, len)
+            .map_err(|source| DeviceError::Queue { index, source })
+    }
+
+    /// Raises the interrupt if the driver wants one. Call once a batch.
+    ///
+    /// # Errors
+    /// When the rings cannot be read or the interrupt not raised.
+    pub fn signal(&mut self, memory: &Arc<PodMemory>) -> Result<(), DeviceError> {
+        let index = self.index;
+        if self
+            .queue
+            .needs_notification(memory.as_ref())
+            .map_err(|source| DeviceError::Queue { index, source })?
+        {
+            self.interrupt.signal_used().map_err(|source| DeviceError::Host {
+                what: "raising a queue interrupt",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for notifications again; true if buffers arrived meanwhile.
+    ///
+    /// # Errors
+    /// When the rings cannot be accessed.
+    pub fn enable_notification(&mut self, memory: &Arc<PodMemory>) -> Result<bool, DeviceError> {
+        let index = self.index;
+        self.queue
+            .enable_notification(memory.as_ref())
+            .map_err(|source| DeviceError::Queue { index, source })
+    }
+
+    /// Tells the driver that no notification is needed.
+    ///
+    /// # Errors
+    /// When the rings cannot be accessed.
+    pub fn disable_notification(&mut self, memory: &Arc<PodMemory>) -> Result<(), DeviceError> {
+        let index = self.index;
+        self.queue
+            .disable_notification(memory.as_ref())
+            .map_err(|source| DeviceError::Queue { index, source })
+    }
+
+    /// The queue's size.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+}
+
+/// What a device receives at DRIVER_OK.
+pub struct Activation {
+    /// The pod's memory.
+    pub memory: Arc<PodMemory>,
+    /// The negotiated features.
+    pub features: u64,
+    /// One entry a queue; None for a queue that the driver left disabled.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// Tells the driver that the configuration space changed.
+    pub config_changed: Arc<dyn QueueInterrupt>,
+}
+
+/// A virtio device. All calls come with the transport's lock held: from the event loop that owns it, or from a vCPU
+/// for configuration.
+pub trait VirtioDevice: Send {
+    /// Virtio device type (virtio 1.2 section 5).
+    fn device_type(&self) -> u32;
+    /// The largest size of each queue.
+    fn queue_max_sizes(&self) -> &[u16];
+    /// Device-specific feature bits and EVENT_IDX, INDIRECT_DESC; the transport adds VERSION_1 and, for confidential
+    /// pods, ACCESS_PLATFORM.
+    fn features(&self) -> u64;
+    /// Reads device configuration space; bytes beyond it read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes device configuration space; bytes that are not writable are ignored.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// The driver is ready.
+    ///
+    /// # Errors
+    /// When a host resource cannot be had; the device then needs a reset.
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+    /// The driver rang the doorbell of queue `index`. Only called while active.
+    ///
+    /// # Errors
+    /// When the device cannot go on.
+    fn on_queue(&mut self, index: usize) -> Result<(), DeviceError>;
+    /// Descriptors, beside the doorbells, whose readability the event loop reports; fixed for the device's life.
+    fn event_fds(&self) -> Vec<RawFd> {
+        Vec::new()
+    }
+    /// Descriptor `index` of [`VirtioDevice::event_fds`] is readable. May be called while not active.
+    ///
+    /// # Errors
+    /// When the device cannot go on.
+    fn on_event(&mut self, _index: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Drops the queues and all state of the driver; in-flight host I/O is finished or cancelled before it returns.
+    fn reset(&mut self);
+    /// Counters of this device, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+    /// The system calls this device needs beyond the monitor's own (`libc::SYS_*`).
+    fn syscalls(&self) -> &'static [i64] {
+        &[]
+    }
+}

@@ -1,0 +1,4 @@
+//! Virtio (OASIS virtio 1.2): what a device is, the queues it gets, and the transport it sits on.
+//! A device is one file here and one registration line in the monitor.
+
+pub mod device;

@@ -1,0 +1,2 @@
+//! The podvisor command.
+fn main() {}
