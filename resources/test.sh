@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# All of podvisor's tests, with what they need installed first. Ends with one line "N passed, N failed, N skipped".
+#   FUZZ_SECONDS=N   how long each fuzz target runs (default 10)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. resources/setup.sh
+need_tests
+
+passed=0 failed=0 skipped=0
+# step NAME COMMAND...: runs one check; a failure is counted and the rest still runs.
+step() {
+    local name=$1 start=$SECONDS; shift
+    say "$name"
+    if "$@"; then passed=$((passed + 1)); echo "-- $name: passed ($((SECONDS - start)) s)"
+    else failed=$((failed + 1)); echo "-- $name: FAILED ($((SECONDS - start)) s)"; fi
+}
+skip() { skipped=$((skipped + 1)); printf '\n== %s\n-- skipped: %s\n' "$1" "$2"; }
+
+unit_and_integration_tests() {
+    local log; log=$(mktemp)
+    cargo nextest run --workspace --locked --no-fail-fast --success-output final --failure-output final >"$log" 2>&1 && local rc=0 || local rc=$?
+    grep -E '^ *(FAIL|SIGABRT|SIGSEGV|TIMEOUT|SLOW|Summary)|panicked|skipped: ' "$log" || true
+    [ $rc = 0 ] || tail -n 200 "$log"
+    rm -f "$log"
+    return $rc
+}
+
+# fuzz TARGET: a short run over the kept corpus; new finds go to a scratch folder.
+fuzz() {
+    local scratch; scratch=$(mktemp -d)
+    local log=$scratch/log
+    mkdir "$scratch/new"
+    if (cd fuzz && cargo +nightly fuzz run "$1" "$scratch/new" "corpus/$1" -- \
+            -max_total_time="${FUZZ_SECONDS:-10}" -rss_limit_mb=1024 -timeout=10 -artifact_prefix="$scratch/") >"$log" 2>&1; then
+        grep -E 'Done [0-9]+ runs' "$log" || tail -n 3 "$log"
+        rm -rf "$scratch"
+    else
+        tail -n 60 "$log"
+        return 1
+    fi
+}
+
+demo() {
+    local podvisor=${CARGO_TARGET_DIR:-target}/release/podvisor
+    "$podvisor" demo --json && "$podvisor" demo --native
+}
+
+[ -w /dev/kvm ] || echo "note: /dev/kvm is missing or not writable: the tests that boot a pod will say that they are skipped"
+step "rustfmt" cargo fmt --all --check
+step "rustfmt of the pod guest" cargo fmt --manifest-path resources/guest/Cargo.toml --check
+step "clippy" cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+step "build" cargo build --release --locked --quiet
+step "unit and integration tests" unit_and_integration_tests
+step "doc tests" cargo test --workspace --doc --locked --quiet
+step "licences, sources, duplicates (the advisory database is not reachable from here and is not checked)" \
+    cargo deny --log-level error check licenses bans sources
+if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi
+if cargo +nightly --version >/dev/null 2>&1; then
+    for target in $(cd fuzz && cargo +nightly fuzz list); do step "fuzz $target" fuzz "$target"; done
+else
+    skip "fuzz targets" "no nightly toolchain"
+fi
+
+printf '\n%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+[ "$failed" = 0 ]
