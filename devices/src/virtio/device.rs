@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
@@ -63,11 +64,21 @@ impl ActiveQueue {
     /// When the ring cannot be read or its index makes no sense.
     pub fn pop(&mut self, memory: &Arc<PodMemory>) -> Result<Option<DescriptorChain<Arc<PodMemory>>>, DeviceError> {
         let index = self.index;
-        let mut iter = self
+        let broken = |source| DeviceError::Queue { index, source };
+        let available = self
             .queue
-            .iter(Arc::clone(memory))
-            .map_err(|source| DeviceError::Queue { index, source })?;
-        Ok(iter.next())
+            .avail_idx(memory.as_ref(), Ordering::Acquire)
+            .map_err(broken)?;
+        if available.0 == self.queue.next_avail() {
+            return Ok(None);
+        }
+        let mut iter = self.queue.iter(Arc::clone(memory)).map_err(broken)?;
+        // There is an entry: not getting it means that its slot cannot be read. `None` would make a device that
+        // polls until the ring is empty spin for ever.
+        match iter.next() {
+            Some(chain) => Ok(Some(chain)),
+            None => Err(broken(virtio_queue::Error::InvalidAvailRingIndex)),
+        }
     }
 
     /// Puts the last popped chain back, to be popped again later.

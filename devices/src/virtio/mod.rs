@@ -2,3 +2,5 @@
 //! A device is one file here and one registration line in the monitor.
 
 pub mod device;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
