@@ -4,6 +4,7 @@
 //! in the monitor (plain).
 #![forbid(unsafe_code)]
 
+pub mod igvm;
 pub mod layout;
 pub mod plan;
 pub mod vmsa;
