@@ -1,6 +1,9 @@
 //! Virtio (OASIS virtio 1.2): what a device is, the queues it gets, and the transport it sits on.
 //! A device is one file here and one registration line in the monitor.
 
+pub mod blk;
 pub mod device;
+pub mod pci;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod vsock;

@@ -502,7 +502,13 @@ mod poll {
                 .unwrap();
         }
         let mut events = vec![EpollEvent::default(); fds.len().max(1)];
-        let n = epoll.wait(i32::from(timeout_ms), &mut events).unwrap();
+        // io_uring's completions interrupt a wait on this thread.
+        let n = loop {
+            match epoll.wait(i32::from(timeout_ms), &mut events) {
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                other => break other.unwrap(),
+            }
+        };
         events[..n].iter().map(|e| usize::try_from(e.data()).unwrap()).collect()
     }
 }

@@ -1,0 +1,62 @@
+//! A virtio device on an event loop: doorbells and the device's own descriptors, registered once for its life.
+
+use std::sync::{Arc, Mutex};
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+
+use super::{Phase, VirtioPci};
+use crate::sync::lock;
+
+/// A device as the event manager runs it; the PCI root holds the same one.
+#[derive(Clone)]
+pub struct VirtioPciSubscriber(pub Arc<Mutex<VirtioPci>>);
+
+impl MutEventSubscriber for VirtioPciSubscriber {
+    fn init(&mut self, ops: &mut EventOps) {
+        let this = lock(&self.0);
+        let doorbells = this
+            .doorbells
+            .iter()
+            .map(|d| Events::new(&d.fd, EventSet::IN))
+            .map(|e| e.fd());
+        for (data, fd) in (0u32..).zip(doorbells.chain(this.device.event_fds())) {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
+                tracing::error!(
+                    id = this.id,
+                    ?error,
+                    "a descriptor cannot be watched: the device will not work"
+                );
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let mut guard = lock(&self.0);
+        let this = &mut *guard;
+        let index = usize::try_from(events.data()).unwrap_or(usize::MAX);
+        if let Some(doorbell) = this.doorbells.get_mut(index) {
+            // Nothing to read: a reset or another wake-up took it.
+            let _ = doorbell.fd.read();
+            match this.phase {
+                Phase::Active(_) => {
+                    // A failure is told to the driver; the loop has nothing to add.
+                    let _ = this.drive(|device| device.on_queue(index));
+                }
+                Phase::Configuring(_) => doorbell.early = true,
+                Phase::Failed(_) => {}
+            }
+            return;
+        }
+        let event = index.saturating_sub(this.doorbells.len());
+        let was_active = this.is_active();
+        if let Err(error) = this.drive(|device| device.on_event(event))
+            && !was_active
+        {
+            // No driver to tell, and a readable descriptor that nobody drains would spin the loop.
+            tracing::error!(id = this.id, event, %error, "a descriptor is watched no longer");
+            if let Err(error) = ops.remove(Events::with_data_raw(events.fd(), events.data(), EventSet::IN)) {
+                tracing::warn!(?error, "a descriptor cannot be taken off the loop");
+            }
+        }
+    }
+}
