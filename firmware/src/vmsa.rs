@@ -56,16 +56,31 @@ struct RawSegment {
 
 impl RawSegment {
     fn new(s: &Segment) -> Self {
-        Self { selector: s.selector, attrib: s.attrib & 0xFFF, limit: s.limit, base: s.base }
+        Self {
+            selector: s.selector,
+            attrib: s.attrib & 0xFFF,
+            limit: s.limit,
+            base: s.base,
+        }
     }
 
     /// Descriptor-table registers: KVM writes limit and base only.
     fn table(s: &Segment) -> Self {
-        Self { selector: 0, attrib: 0, limit: s.limit, base: s.base }
+        Self {
+            selector: 0,
+            attrib: 0,
+            limit: s.limit,
+            base: s.base,
+        }
     }
 
     fn state(self) -> Segment {
-        Segment { selector: self.selector, attrib: self.attrib, limit: self.limit, base: self.base }
+        Segment {
+            selector: self.selector,
+            attrib: self.attrib,
+            limit: self.limit,
+            base: self.base,
+        }
     }
 }
 
@@ -173,12 +188,80 @@ macro_rules! fields {
 }
 
 const FIELDS: [(&str, usize); 74] = fields![
-    es, cs, ss, ds, fs, gs, gdtr, ldtr, idtr, tr, shadow_stacks, reserved_c8, vmpl, cpl, reserved_cc, efer,
-    reserved_d8, xss, cr4, cr3, cr0, dr7, dr6, rflags, rip, dr0_3, dr_masks, reserved_1c0, rsp, supervisor_cet, rax,
-    syscall_msrs, kernel_gs_base, sysenter_msrs, cr2, reserved_248, pat, lbr_msrs, reserved_298, spec_ctrl,
-    pkru_and_tsc_aux, rcx, rdx, rbx, reserved_320, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, reserved_380,
-    exit_info, sev_features, vintr_ctrl, guest_error_code, virtual_tom, tlb_and_pcpu_id, event_inject, xcr0,
-    xsave_valid_bitmap, x87_dp, mxcsr, x87_ftw, x87_fsw, x87_fcw, x87_registers, xmm_registers, ymm_registers
+    es,
+    cs,
+    ss,
+    ds,
+    fs,
+    gs,
+    gdtr,
+    ldtr,
+    idtr,
+    tr,
+    shadow_stacks,
+    reserved_c8,
+    vmpl,
+    cpl,
+    reserved_cc,
+    efer,
+    reserved_d8,
+    xss,
+    cr4,
+    cr3,
+    cr0,
+    dr7,
+    dr6,
+    rflags,
+    rip,
+    dr0_3,
+    dr_masks,
+    reserved_1c0,
+    rsp,
+    supervisor_cet,
+    rax,
+    syscall_msrs,
+    kernel_gs_base,
+    sysenter_msrs,
+    cr2,
+    reserved_248,
+    pat,
+    lbr_msrs,
+    reserved_298,
+    spec_ctrl,
+    pkru_and_tsc_aux,
+    rcx,
+    rdx,
+    rbx,
+    reserved_320,
+    rbp,
+    rsi,
+    rdi,
+    r8,
+    r9,
+    r10,
+    r11,
+    r12,
+    r13,
+    r14,
+    r15,
+    reserved_380,
+    exit_info,
+    sev_features,
+    vintr_ctrl,
+    guest_error_code,
+    virtual_tom,
+    tlb_and_pcpu_id,
+    event_inject,
+    xcr0,
+    xsave_valid_bitmap,
+    x87_dp,
+    mxcsr,
+    x87_ftw,
+    x87_fsw,
+    x87_fcw,
+    x87_registers,
+    xmm_registers,
+    ymm_registers
 ];
 
 /// The registers a VMSA page holds, as they stand in it; fields that [`VcpuState`] has no place for are left out.
@@ -267,13 +350,23 @@ pub fn kvm_reproducible(vmsa: &[u8]) -> Result<VcpuState, VmsaError> {
     let Some(at) = vmsa.iter().zip(rebuilt.iter()).position(|(a, b)| a != b) else {
         return Ok(state);
     };
-    let (field, offset) =
-        FIELDS.iter().rev().find(|(_, start)| *start <= at).copied().unwrap_or(("padding", at));
-    let (image, kvm) = (vmsa.get(at).copied().unwrap_or(0), rebuilt.get(at).copied().unwrap_or(0));
+    let (field, offset) = FIELDS
+        .iter()
+        .rev()
+        .find(|(_, start)| *start <= at)
+        .copied()
+        .unwrap_or(("padding", at));
+    let (image, kvm) = (
+        vmsa.get(at).copied().unwrap_or(0),
+        rebuilt.get(at).copied().unwrap_or(0),
+    );
     Err(VmsaError::NotReproducible {
         field,
         offset,
-        reason: format!("byte {at:#x} is {image:#04x} in the image but KVM builds {kvm:#04x}; {}", remedy(field)),
+        reason: format!(
+            "byte {at:#x} is {image:#04x} in the image but KVM builds {kvm:#04x}; {}",
+            remedy(field)
+        ),
     })
 }
 
@@ -302,7 +395,11 @@ fn check_acceptable(s: &VcpuState) -> Result<(), VmsaError> {
         );
     }
     if s.dr6 >> 32 != 0 {
-        return refuse("dr6", offset_of!(RawVmsa, dr6), format!("{:#x}; the upper half must be zero", s.dr6));
+        return refuse(
+            "dr6",
+            offset_of!(RawVmsa, dr6),
+            format!("{:#x}; the upper half must be zero", s.dr6),
+        );
     }
     let efer_at = offset_of!(RawVmsa, efer);
     if s.efer & EFER_LME != 0 && s.cr0 & CR0_PG != 0 {
@@ -310,7 +407,11 @@ fn check_acceptable(s: &VcpuState) -> Result<(), VmsaError> {
             return refuse("efer", efer_at, format!("{:#x}: LME with paging on needs LMA", s.efer));
         }
         if s.cr4 & CR4_PAE == 0 {
-            return refuse("cr4", offset_of!(RawVmsa, cr4), format!("{:#x}: long mode needs PAE", s.cr4));
+            return refuse(
+                "cr4",
+                offset_of!(RawVmsa, cr4),
+                format!("{:#x}: long mode needs PAE", s.cr4),
+            );
         }
     } else if s.efer & EFER_LMA != 0 {
         return refuse("efer", efer_at, format!("{:#x}: LMA without LME and paging", s.efer));
@@ -322,10 +423,18 @@ fn check_acceptable(s: &VcpuState) -> Result<(), VmsaError> {
         );
     }
     if s.cr0 & CR0_PG != 0 && s.cr0 & CR0_PE == 0 {
-        return refuse("cr0", offset_of!(RawVmsa, cr0), format!("{:#x}: paging without protection", s.cr0));
+        return refuse(
+            "cr0",
+            offset_of!(RawVmsa, cr0),
+            format!("{:#x}: paging without protection", s.cr0),
+        );
     }
     if s.xcr0 & 1 == 0 {
-        return refuse("xcr0", offset_of!(RawVmsa, xcr0), format!("{:#x}; bit 0 (x87) must be set", s.xcr0));
+        return refuse(
+            "xcr0",
+            offset_of!(RawVmsa, xcr0),
+            format!("{:#x}; bit 0 (x87) must be set", s.xcr0),
+        );
     }
     if s.mxcsr & 0xFFFF_0000 != 0 {
         return refuse(
@@ -342,22 +451,45 @@ mod tests {
     use super::*;
 
     fn long_mode() -> VcpuState {
-        let data = Segment { selector: 0x18, attrib: 0xC93, limit: u32::MAX, base: 0 };
+        let data = Segment {
+            selector: 0x18,
+            attrib: 0xC93,
+            limit: u32::MAX,
+            base: 0,
+        };
         VcpuState {
             rip: 0x10_0000,
             rsp: 0x9000,
             rdx: 0xA0_0F11,
             rflags: 2,
-            cs: Segment { selector: 0x10, attrib: 0xA9B, ..data },
+            cs: Segment {
+                selector: 0x10,
+                attrib: 0xA9B,
+                ..data
+            },
             ds: data,
             es: data,
             ss: data,
             fs: data,
             gs: data,
-            gdtr: Segment { limit: 0xFFFF, ..Default::default() },
-            idtr: Segment { limit: 0xFFFF, ..Default::default() },
-            ldtr: Segment { attrib: 0x82, limit: 0xFFFF, ..Default::default() },
-            tr: Segment { attrib: 0x8B, limit: 0xFFFF, ..Default::default() },
+            gdtr: Segment {
+                limit: 0xFFFF,
+                ..Default::default()
+            },
+            idtr: Segment {
+                limit: 0xFFFF,
+                ..Default::default()
+            },
+            ldtr: Segment {
+                attrib: 0x82,
+                limit: 0xFFFF,
+                ..Default::default()
+            },
+            tr: Segment {
+                attrib: 0x8B,
+                limit: 0xFFFF,
+                ..Default::default()
+            },
             efer: 0x1D00,
             cr0: 0x8000_0031,
             cr3: 0x8_0000_0000_2000,
@@ -386,11 +518,23 @@ mod tests {
         (state.r15, state.rbp, state.gs.base) = (15, 0xB9, 0x6500);
         let page = vmsa_page(&state);
         let v = igvm::snp_defs::SevVmsa::read_from_bytes(page.as_slice()).unwrap();
-        assert_eq!((v.rip, v.rsp, v.rdx, v.r15, v.rbp), (0x10_0000, 0x9000, 0xA0_0F11, 15, 0xB9));
-        assert_eq!((v.cr0, v.cr3, v.cr4, v.efer), (state.cr0, state.cr3, state.cr4, state.efer));
-        assert_eq!((v.dr6, v.dr7, v.pat, v.xcr0), (state.dr6, state.dr7, state.pat, state.xcr0));
+        assert_eq!(
+            (v.rip, v.rsp, v.rdx, v.r15, v.rbp),
+            (0x10_0000, 0x9000, 0xA0_0F11, 15, 0xB9)
+        );
+        assert_eq!(
+            (v.cr0, v.cr3, v.cr4, v.efer),
+            (state.cr0, state.cr3, state.cr4, state.efer)
+        );
+        assert_eq!(
+            (v.dr6, v.dr7, v.pat, v.xcr0),
+            (state.dr6, state.dr7, state.pat, state.xcr0)
+        );
         assert_eq!((v.mxcsr, v.x87_fcw, u64::from(v.sev_features)), (0x1F80, 0x37F, 1));
-        assert_eq!((v.cs.attrib, v.tr.attrib, v.idtr.limit, v.gs.base), (0xA9B, 0x8B, 0xFFFF, 0x6500));
+        assert_eq!(
+            (v.cs.attrib, v.tr.attrib, v.idtr.limit, v.gs.base),
+            (0xA9B, 0x8B, 0xFFFF, 0x6500)
+        );
     }
 
     #[test]
@@ -401,10 +545,26 @@ mod tests {
         state.cr4 = 0;
         state.cs.attrib = 0x9B;
         state.sev_features = 0;
-        state.gdtr = Segment { selector: 7, attrib: 9, limit: 0xFF, base: 0x1000 };
+        state.gdtr = Segment {
+            selector: 7,
+            attrib: 9,
+            limit: 0xFF,
+            base: 0x1000,
+        };
         let rebuilt = state_of(vmsa_page(&state).as_slice()).unwrap();
-        assert_eq!((rebuilt.efer, rebuilt.cr0, rebuilt.cr4, rebuilt.sev_features), (0x1000, 0x10, 0x40, 1));
-        assert_eq!(rebuilt.gdtr, Segment { selector: 0, attrib: 0, limit: 0xFF, base: 0x1000 });
+        assert_eq!(
+            (rebuilt.efer, rebuilt.cr0, rebuilt.cr4, rebuilt.sev_features),
+            (0x1000, 0x10, 0x40, 1)
+        );
+        assert_eq!(
+            rebuilt.gdtr,
+            Segment {
+                selector: 0,
+                attrib: 0,
+                limit: 0xFF,
+                base: 0x1000
+            }
+        );
     }
 
     #[test]

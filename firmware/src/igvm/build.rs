@@ -115,7 +115,11 @@ pub fn build(plans: &[LaunchPlan<'_>], options: &BuildOptions) -> Result<Vec<u8>
     for pair in merged {
         // Of a shared page the SNP plan's view is written: it knows what is measured.
         let snp_second = second.is_some_and(|plan| plan.platform == Platform::SevSnp);
-        let chosen = if snp_second { pair.pick_last(&a, &b) } else { pair.pick(&a, &b) };
+        let chosen = if snp_second {
+            pair.pick_last(&a, &b)
+        } else {
+            pair.pick(&a, &b)
+        };
         placed.extend(chosen);
     }
     writer.areas(&placed)?;
@@ -134,7 +138,9 @@ pub fn build(plans: &[LaunchPlan<'_>], options: &BuildOptions) -> Result<Vec<u8>
             writer.id_block(id_block, mask);
         }
     }
-    let native_context = plans.iter().any(|plan| plan.platform == Platform::Native && !plan.vps.is_empty());
+    let native_context = plans
+        .iter()
+        .any(|plan| plan.platform == Platform::Native && !plan.vps.is_empty());
     let v2 = match options.version {
         FormatVersion::Auto => native_context,
         FormatVersion::V1 => false,
@@ -142,7 +148,13 @@ pub fn build(plans: &[LaunchPlan<'_>], options: &BuildOptions) -> Result<Vec<u8>
     };
     let file = writer.finish(v2)?;
     for plan_of in plans {
-        plan(&file, &PlanOptions { platform: Some(plan_of.platform), ..PlanOptions::default() })?;
+        plan(
+            &file,
+            &PlanOptions {
+                platform: Some(plan_of.platform),
+                ..PlanOptions::default()
+            },
+        )?;
     }
     Ok(file)
 }
@@ -150,9 +162,19 @@ pub fn build(plans: &[LaunchPlan<'_>], options: &BuildOptions) -> Result<Vec<u8>
 /// What a step becomes in the file.
 #[derive(Clone, Debug)]
 enum Item<'p> {
-    Page { gpa: u64, kind: PageKind, data: Cow<'p, [u8]> },
-    Insert { gpa: u64, area: &'p ParameterArea<'p> },
-    Vp { platform: Platform, vp: &'p VpContext<'p> },
+    Page {
+        gpa: u64,
+        kind: PageKind,
+        data: Cow<'p, [u8]>,
+    },
+    Insert {
+        gpa: u64,
+        area: &'p ParameterArea<'p>,
+    },
+    Vp {
+        platform: Platform,
+        vp: &'p VpContext<'p>,
+    },
 }
 
 impl Item<'_> {
@@ -160,8 +182,14 @@ impl Item<'_> {
         match self {
             Self::Page { gpa, .. } => (0, *gpa),
             Self::Insert { gpa, .. } => (1, *gpa),
-            Self::Vp { platform: Platform::Native, vp } => (2, u64::from(vp.index)),
-            Self::Vp { platform: Platform::SevSnp, vp } => (3, u64::from(vp.index)),
+            Self::Vp {
+                platform: Platform::Native,
+                vp,
+            } => (2, u64::from(vp.index)),
+            Self::Vp {
+                platform: Platform::SevSnp,
+                vp,
+            } => (3, u64::from(vp.index)),
         }
     }
 
@@ -187,20 +215,35 @@ fn items<'p>(plan: &'p LaunchPlan<'p>, options: &BuildOptions) -> Result<Vec<Ite
             Step::Pages { gpa, len, kind, data } => pages(&mut items, plan.platform, (*gpa, *len), *kind, data)?,
             Step::Parameters { gpa, area } => {
                 let what = "parameter area";
-                let declared = plan.areas.get(*area).ok_or(BuildError::Dangling { what, index: *area })?;
-                items.push(Item::Insert { gpa: *gpa, area: declared });
+                let declared = plan
+                    .areas
+                    .get(*area)
+                    .ok_or(BuildError::Dangling { what, index: *area })?;
+                items.push(Item::Insert {
+                    gpa: *gpa,
+                    area: declared,
+                });
             }
             Step::Vcpu { vp } => {
-                let context = plan.vps.get(*vp).ok_or(BuildError::Dangling { what: "vCPU", index: *vp })?;
+                let context = plan.vps.get(*vp).ok_or(BuildError::Dangling {
+                    what: "vCPU",
+                    index: *vp,
+                })?;
                 if let Some(used) = used.get_mut(*vp) {
                     *used = true;
                 }
-                items.push(Item::Vp { platform: plan.platform, vp: context });
+                items.push(Item::Vp {
+                    platform: plan.platform,
+                    vp: context,
+                });
             }
         }
     }
     let unused = plan.vps.iter().zip(used).filter(|(_, used)| !used);
-    items.extend(unused.map(|(vp, _)| Item::Vp { platform: plan.platform, vp }));
+    items.extend(unused.map(|(vp, _)| Item::Vp {
+        platform: plan.platform,
+        vp,
+    }));
     if !options.preserve_order {
         items.sort_by_key(|item| match item {
             Item::Insert { .. } => 0,
@@ -225,7 +268,9 @@ fn pages<'p>(
     let explicit = platform == Platform::SevSnp && kind == PageKind::Normal;
     let mut chunks = data.chunks(PAGE);
     for number in 0..len / PAGE_SIZE {
-        let gpa = gpa.checked_add(number * PAGE_SIZE).ok_or(BuildError::Unaligned { gpa, len })?;
+        let gpa = gpa
+            .checked_add(number * PAGE_SIZE)
+            .ok_or(BuildError::Unaligned { gpa, len })?;
         let data = match chunks.next() {
             Some(chunk) if chunk.len() == PAGE => Cow::Borrowed(chunk),
             Some(chunk) => {
@@ -236,7 +281,11 @@ fn pages<'p>(
             None if explicit => Cow::Owned(vec![0; PAGE]),
             None => Cow::Borrowed(&[][..]),
         };
-        let data = if kind == PageKind::Zero { Cow::Borrowed(&[][..]) } else { data };
+        let data = if kind == PageKind::Zero {
+            Cow::Borrowed(&[][..])
+        } else {
+            data
+        };
         items.push(Item::Page { gpa, kind, data });
     }
     Ok(())
@@ -267,12 +316,7 @@ impl Pair {
 
 /// Merges two sequences, keeping the order of both; elements with one key that are the same become one where the
 /// order allows it.
-fn merge<T, K: Hash + Eq>(
-    a: &[T],
-    b: &[T],
-    key: impl Fn(&T) -> K,
-    same: impl Fn(&T, &T) -> bool,
-) -> Vec<Pair> {
+fn merge<T, K: Hash + Eq>(a: &[T], b: &[T], key: impl Fn(&T) -> K, same: impl Fn(&T, &T) -> bool) -> Vec<Pair> {
     let positions: HashMap<K, usize> = b.iter().enumerate().map(|(i, element)| (key(element), i)).collect();
     let mut merged = Vec::with_capacity(a.len().max(b.len()));
     let mut next_b = 0;
@@ -281,7 +325,10 @@ fn merge<T, K: Hash + Eq>(
         match twin.filter(|at| b.get(*at).is_some_and(|other| same(element, other))) {
             Some(at) => {
                 merged.extend((next_b..at).map(|b| Pair { a: None, b: Some(b) }));
-                merged.push(Pair { a: Some(i), b: Some(at) });
+                merged.push(Pair {
+                    a: Some(i),
+                    b: Some(at),
+                });
                 next_b = at + 1;
             }
             None => merged.push(Pair { a: Some(i), b: None }),
@@ -293,7 +340,11 @@ fn merge<T, K: Hash + Eq>(
 
 fn merge_ranges(a: &[GpaRange], b: &[GpaRange]) -> Vec<(GpaRange, u32)> {
     let merged = merge(a, b, |range| (range.start, range.len), |_, _| true);
-    merged.into_iter().filter_map(|pair| pair.pick(a, b)).map(|(range, mask)| (*range, mask)).collect()
+    merged
+        .into_iter()
+        .filter_map(|pair| pair.pick(a, b))
+        .map(|(range, mask)| (*range, mask))
+        .collect()
 }
 
 /// A file under construction: variable headers, whose file offsets count from the start of the data until the end,
@@ -321,13 +372,13 @@ impl<'p> Writer<'p> {
     }
 
     /// Stores a page, or finds it; returns its offset in the data.
-    fn page(&mut self, page: &Cow<'p, [u8]>) -> Result<u32, BuildError> {
-        if let Some(at) = self.known_pages.get(page) {
+    fn page(&mut self, page: Cow<'p, [u8]>) -> Result<u32, BuildError> {
+        if let Some(at) = self.known_pages.get(&page) {
             return Ok(*at);
         }
         let at = u32::try_from(self.data.len()).map_err(|_| BuildError::TooLarge)?;
-        self.data.extend_from_slice(page);
-        self.known_pages.insert(page.clone(), at);
+        self.data.extend_from_slice(&page);
+        self.known_pages.insert(page, at);
         Ok(at)
     }
 
@@ -348,7 +399,11 @@ impl<'p> Writer<'p> {
         }
         for (plan, compatibility_mask) in plans.iter().zip([1, 2]) {
             if let Some(policy) = plan.policy {
-                let content = IGVM_VHS_GUEST_POLICY { policy, compatibility_mask, reserved: 0 };
+                let content = IGVM_VHS_GUEST_POLICY {
+                    policy,
+                    compatibility_mask,
+                    reserved: 0,
+                };
                 self.header(Vht::IGVM_VHT_GUEST_POLICY, &content);
             }
         }
@@ -364,22 +419,33 @@ impl<'p> Writer<'p> {
         for (index, area) in (0..).zip(&areas) {
             let len = usize::try_from(area.len).ok().filter(|len| area.initial.len() <= *len);
             let len = len.ok_or(BuildError::Unaligned { gpa: 0, len: area.len })?;
-            let stored = if area.initial.is_empty() { None } else { Some(self.data.len()) };
+            let stored = if area.initial.is_empty() {
+                None
+            } else {
+                Some(self.data.len())
+            };
             if let Some(start) = stored {
                 self.data.extend_from_slice(&area.initial);
                 self.data.resize((start + len).next_multiple_of(PAGE), 0);
             }
             let file_offset = u32::try_from(stored.unwrap_or(0)).map_err(|_| BuildError::TooLarge)?;
-            let content =
-                IGVM_VHS_PARAMETER_AREA { number_of_bytes: area.len, parameter_area_index: index, file_offset };
+            let content = IGVM_VHS_PARAMETER_AREA {
+                number_of_bytes: area.len,
+                parameter_area_index: index,
+                file_offset,
+            };
             let start = self.header(Vht::IGVM_VHT_PARAMETER_AREA, &content);
             if stored.is_some() {
-                self.fixups.push(start + std::mem::offset_of!(IGVM_VHS_PARAMETER_AREA, file_offset));
+                self.fixups
+                    .push(start + std::mem::offset_of!(IGVM_VHS_PARAMETER_AREA, file_offset));
             }
         }
         for (parameter_area_index, area) in (0..).zip(&areas) {
             for parameter in &area.parameters {
-                let content = IGVM_VHS_PARAMETER { parameter_area_index, byte_offset: parameter.offset };
+                let content = IGVM_VHS_PARAMETER {
+                    parameter_area_index,
+                    byte_offset: parameter.offset,
+                };
                 self.header(parameter_type(parameter.kind), &content);
             }
         }
@@ -400,14 +466,18 @@ impl<'p> Writer<'p> {
 
     fn error_range(&mut self, range: GpaRange, compatibility_mask: u32) -> Result<(), BuildError> {
         let size_bytes = u32::try_from(range.len).map_err(|_| BuildError::Range(range))?;
-        let content = IGVM_VHS_ERROR_RANGE { gpa: range.start, compatibility_mask, size_bytes };
+        let content = IGVM_VHS_ERROR_RANGE {
+            gpa: range.start,
+            compatibility_mask,
+            size_bytes,
+        };
         self.header(Vht::IGVM_VHT_ERROR_RANGE, &content);
         Ok(())
     }
 
     fn item(&mut self, item: &Item<'p>, mask: u32) -> Result<(), BuildError> {
         match item {
-            Item::Page { gpa, kind, data } => self.page_data(*gpa, *kind, data, mask),
+            Item::Page { gpa, kind, data } => self.page_data(*gpa, *kind, data.clone(), mask),
             Item::Insert { gpa, .. } => {
                 let content = IGVM_VHS_PARAMETER_INSERT {
                     gpa: *gpa,
@@ -422,7 +492,7 @@ impl<'p> Writer<'p> {
         }
     }
 
-    fn page_data(&mut self, gpa: u64, kind: PageKind, data: &Cow<'p, [u8]>, mask: u32) -> Result<(), BuildError> {
+    fn page_data(&mut self, gpa: u64, kind: PageKind, data: Cow<'p, [u8]>, mask: u32) -> Result<(), BuildError> {
         let data_type = match kind {
             PageKind::Secrets => IgvmPageDataType::SECRETS,
             PageKind::Cpuid => IgvmPageDataType::CPUID_DATA,
@@ -431,12 +501,20 @@ impl<'p> Writer<'p> {
         let flags = IgvmPageDataFlags::new()
             .with_unmeasured(kind == PageKind::Unmeasured)
             .with_shared(kind == PageKind::Shared);
-        let file_offset = if data.is_empty() { 0 } else { self.page(data)? };
-        let content =
-            IGVM_VHS_PAGE_DATA { gpa, compatibility_mask: mask, file_offset, flags, data_type, reserved: 0 };
+        let stored = !data.is_empty();
+        let file_offset = if stored { self.page(data)? } else { 0 };
+        let content = IGVM_VHS_PAGE_DATA {
+            gpa,
+            compatibility_mask: mask,
+            file_offset,
+            flags,
+            data_type,
+            reserved: 0,
+        };
         let start = self.header(Vht::IGVM_VHT_PAGE_DATA, &content);
-        if !data.is_empty() {
-            self.fixups.push(start + std::mem::offset_of!(IGVM_VHS_PAGE_DATA, file_offset));
+        if stored {
+            self.fixups
+                .push(start + std::mem::offset_of!(IGVM_VHS_PAGE_DATA, file_offset));
         }
         Ok(())
     }
@@ -450,17 +528,23 @@ impl<'p> Writer<'p> {
             }
             Platform::SevSnp if vp.vmsa.is_empty() => (vp.gpa, Cow::Owned(vmsa_page(&vp.state).to_vec())),
             Platform::SevSnp if vp.vmsa.len() == PAGE => (vp.gpa, Cow::Borrowed(&*vp.vmsa)),
-            Platform::SevSnp => return Err(BuildError::Vmsa { index, len: vp.vmsa.len() }),
+            Platform::SevSnp => {
+                return Err(BuildError::Vmsa {
+                    index,
+                    len: vp.vmsa.len(),
+                });
+            }
         };
         let content = IGVM_VHS_VP_CONTEXT {
             gpa: gpa.into(),
             compatibility_mask: mask,
-            file_offset: self.page(&page)?,
+            file_offset: self.page(page)?,
             vp_index: index,
             reserved: 0,
         };
         let start = self.header(Vht::IGVM_VHT_VP_CONTEXT, &content);
-        self.fixups.push(start + std::mem::offset_of!(IGVM_VHS_VP_CONTEXT, file_offset));
+        self.fixups
+            .push(start + std::mem::offset_of!(IGVM_VHS_VP_CONTEXT, file_offset));
         Ok(())
     }
 
@@ -486,7 +570,11 @@ impl<'p> Writer<'p> {
 
     fn finish(mut self, v2: bool) -> Result<Vec<u8>, BuildError> {
         let too_large = |_| BuildError::TooLarge;
-        let fixed_len = if v2 { size_of::<IGVM_FIXED_HEADER_V2>() } else { size_of::<IGVM_FIXED_HEADER>() };
+        let fixed_len = if v2 {
+            size_of::<IGVM_FIXED_HEADER_V2>()
+        } else {
+            size_of::<IGVM_FIXED_HEADER>()
+        };
         let data_start = (fixed_len + self.headers.len()).next_multiple_of(PAGE);
         // The igvm crate refuses a file without file data.
         self.data.resize(self.data.len().max(8), 0);
@@ -495,12 +583,18 @@ impl<'p> Writer<'p> {
             let Some(field) = self.headers.get_mut(*at..).and_then(|rest| rest.first_chunk_mut::<4>()) else {
                 continue;
             };
-            let offset = u32::from_le_bytes(*field).checked_add(base).ok_or(BuildError::TooLarge)?;
+            let offset = u32::from_le_bytes(*field)
+                .checked_add(base)
+                .ok_or(BuildError::TooLarge)?;
             *field = offset.to_le_bytes();
         }
         let mut fixed = IGVM_FIXED_HEADER_V2 {
             magic: IGVM_MAGIC_VALUE,
-            format_version: if v2 { IGVM_FORMAT_VERSION_2 } else { IGVM_FORMAT_VERSION_1 },
+            format_version: if v2 {
+                IGVM_FORMAT_VERSION_2
+            } else {
+                IGVM_FORMAT_VERSION_1
+            },
             variable_header_offset: u32::try_from(fixed_len).map_err(too_large)?,
             variable_header_size: u32::try_from(self.headers.len()).map_err(too_large)?,
             total_file_size: u32::try_from(data_start + self.data.len()).map_err(too_large)?,
@@ -536,9 +630,17 @@ fn parameter_type(kind: ParameterKind) -> Vht {
 }
 
 fn signature(signature: &IdSignature) -> IGVM_VHS_SNP_ID_BLOCK_SIGNATURE {
-    IGVM_VHS_SNP_ID_BLOCK_SIGNATURE { r_comp: signature.r, s_comp: signature.s }
+    IGVM_VHS_SNP_ID_BLOCK_SIGNATURE {
+        r_comp: signature.r,
+        s_comp: signature.s,
+    }
 }
 
 fn public_key(key: &IdPublicKey) -> IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY {
-    IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY { curve: key.curve, reserved: 0, qx: key.qx, qy: key.qy }
+    IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY {
+        curve: key.curve,
+        reserved: 0,
+        qx: key.qx,
+        qy: key.qy,
+    }
 }

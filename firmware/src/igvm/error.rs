@@ -18,11 +18,17 @@ pub struct IgvmError {
 
 impl IgvmError {
     pub(super) fn file(header: &'static str, offset: u64, reason: Reason) -> Self {
-        Self { header, index: None, offset, reason }
+        Self {
+            header,
+            index: None,
+            offset,
+            reason,
+        }
     }
 
     fn number(&self) -> String {
-        self.index.map_or_else(String::new, |index| format!(" (header {index})"))
+        self.index
+            .map_or_else(String::new, |index| format!(" (header {index})"))
     }
 }
 
@@ -86,7 +92,9 @@ pub enum Reason {
         value: u64,
     },
     /// File data outside the file's data section.
-    #[error("file data {start:#x}+{len:#x} is not between the end of the headers {data_start:#x} and of the file {file_end:#x}")]
+    #[error(
+        "file data {start:#x}+{len:#x} is not between the end of the headers {data_start:#x} and of the file {file_end:#x}"
+    )]
     FileData {
         /// First byte.
         start: u64,

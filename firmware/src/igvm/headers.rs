@@ -45,12 +45,21 @@ pub struct Header<'a> {
 impl Header<'_> {
     /// An error of this header.
     pub(super) fn error(&self, reason: Reason) -> IgvmError {
-        IgvmError { header: type_name(self.typ), index: Some(self.index), offset: self.offset, reason }
+        IgvmError {
+            header: type_name(self.typ),
+            index: Some(self.index),
+            offset: self.offset,
+            reason,
+        }
     }
 
     /// An error of a field of this header.
     pub(super) fn field(&self, field: &'static str, value: impl Into<u64>, rule: &'static str) -> IgvmError {
-        self.error(Reason::Field { field, value: value.into(), rule })
+        self.error(Reason::Field {
+            field,
+            value: value.into(),
+            rule,
+        })
     }
 
     /// The content as the structure of its type.
@@ -141,9 +150,21 @@ impl<'a> Container<'a> {
     /// Of the fixed header, with file offset 0.
     pub fn read(file: &'a [u8]) -> Result<Self, IgvmError> {
         let fail = |reason| IgvmError::file(FIXED_HEADER, 0, reason);
-        let field = |field, value: u32, rule| fail(Reason::Field { field, value: u64::from(value), rule });
+        let field = |field, value: u32, rule| {
+            fail(Reason::Field {
+                field,
+                value: u64::from(value),
+                rule,
+            })
+        };
         let have = file.len() as u64;
-        let short = |needed: usize| fail(Reason::Truncated { what: FIXED_HEADER, needed: needed as u64, have });
+        let short = |needed: usize| {
+            fail(Reason::Truncated {
+                what: FIXED_HEADER,
+                needed: needed as u64,
+                have,
+            })
+        };
         let (fixed, _) =
             IGVM_FIXED_HEADER::read_from_prefix(file).map_err(|_| short(size_of::<IGVM_FIXED_HEADER>()))?;
         if fixed.magic != IGVM_MAGIC_VALUE {
@@ -167,22 +188,42 @@ impl<'a> Container<'a> {
             other => return Err(field("format_version", other, "must be 1 or 2")),
         };
         if u64::from(fixed.total_file_size) != have {
-            return Err(field("total_file_size", fixed.total_file_size, "must be the length of the file"));
+            return Err(field(
+                "total_file_size",
+                fixed.total_file_size,
+                "must be the length of the file",
+            ));
         }
         let start = fixed.variable_header_offset;
         if !start.is_multiple_of(8) || (start as usize) < fixed_len {
-            return Err(field("variable_header_offset", start, "must be a multiple of 8 behind the fixed header"));
+            return Err(field(
+                "variable_header_offset",
+                start,
+                "must be a multiple of 8 behind the fixed header",
+            ));
         }
         let headers_start = u64::from(start);
         let data_start = headers_start + u64::from(fixed.variable_header_size);
         if data_start > have {
-            return Err(field("variable_header_size", fixed.variable_header_size, "must end inside the file"));
+            return Err(field(
+                "variable_header_size",
+                fixed.variable_header_size,
+                "must end inside the file",
+            ));
         }
-        let container =
-            Self { file, format_version: fixed.format_version, checksum: fixed.checksum, headers_start, data_start };
+        let container = Self {
+            file,
+            format_version: fixed.format_version,
+            checksum: fixed.checksum,
+            headers_start,
+            data_start,
+        };
         let computed = container.crc(fixed_len);
         if computed != fixed.checksum {
-            return Err(fail(Reason::Checksum { found: fixed.checksum, computed }));
+            return Err(fail(Reason::Checksum {
+                found: fixed.checksum,
+                computed,
+            }));
         }
         Ok(container)
     }
@@ -207,14 +248,23 @@ impl<'a> Container<'a> {
     /// The variable headers in file order. After an error the walk ends.
     #[must_use]
     pub fn headers(&self) -> Headers<'a> {
-        Headers { rest: self.variable_headers(), offset: self.headers_start, index: 0 }
+        Headers {
+            rest: self.variable_headers(),
+            offset: self.headers_start,
+            index: 0,
+        }
     }
 
     /// `len` bytes of file data at `offset`.
     pub(super) fn data(&self, offset: u32, len: u64) -> Result<&'a [u8], Reason> {
         let start = u64::from(offset);
         let file_end = self.file.len() as u64;
-        let outside = Reason::FileData { start, len, data_start: self.data_start, file_end };
+        let outside = Reason::FileData {
+            start,
+            len,
+            data_start: self.data_start,
+            file_end,
+        };
         if start < self.data_start {
             return Err(outside);
         }
@@ -242,7 +292,12 @@ pub struct Headers<'a> {
 
 impl<'a> Headers<'a> {
     fn step(&mut self) -> Result<Header<'a>, IgvmError> {
-        let fail = |header, index, offset, reason| IgvmError { header, index: Some(index), offset, reason };
+        let fail = |header, index, offset, reason| IgvmError {
+            header,
+            index: Some(index),
+            offset,
+            reason,
+        };
         let (index, offset) = (self.index, self.offset);
         let have = self.rest.len() as u64;
         let truncated = |what, needed| Reason::Truncated { what, needed, have };
@@ -252,22 +307,31 @@ impl<'a> Headers<'a> {
         let typ = Vht(raw_type & !IGVM_VHT_OPTIONAL_BIT);
         let name = type_name(typ);
         let len = length as usize;
-        let content = content.get(..len).ok_or_else(|| {
-            fail(name, index, offset, truncated("content", u64::from(length) + 8))
-        })?;
+        let content = content
+            .get(..len)
+            .ok_or_else(|| fail(name, index, offset, truncated("content", u64::from(length) + 8)))?;
         let used = len.saturating_add(8);
         // The next header starts 8-aligned. The last one may end where the section ends.
         let padded = used.next_multiple_of(8).min(self.rest.len());
         let padding = self.rest.get(used..padded).unwrap_or_default();
         if let Some(byte) = padding.iter().find(|byte| **byte != 0) {
-            let reason =
-                Reason::Field { field: "padding", value: u64::from(*byte), rule: "must be zero up to the next header" };
+            let reason = Reason::Field {
+                field: "padding",
+                value: u64::from(*byte),
+                rule: "must be zero up to the next header",
+            };
             return Err(fail(name, index, offset, reason));
         }
         self.rest = self.rest.get(padded..).unwrap_or_default();
         self.offset = offset.saturating_add(padded as u64);
         self.index = index.saturating_add(1);
-        Ok(Header { typ, optional: raw_type & IGVM_VHT_OPTIONAL_BIT != 0, index, offset, content })
+        Ok(Header {
+            typ,
+            optional: raw_type & IGVM_VHT_OPTIONAL_BIT != 0,
+            index,
+            offset,
+            content,
+        })
     }
 }
 

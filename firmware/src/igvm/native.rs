@@ -30,9 +30,16 @@ pub(super) fn read(data: &[u8]) -> Result<VcpuState, Reason> {
     })?;
     let field = |field, value: u64, rule| Err(Reason::Field { field, value, rule });
     if let Some(byte) = rest.iter().find(|byte| **byte != 0) {
-        return field("context padding", u64::from(*byte), "must be zero up to the end of the page");
+        return field(
+            "context padding",
+            u64::from(*byte),
+            "must be zero up to the end of the page",
+        );
     }
-    for (name, attributes) in [("code_attributes", c.code_attributes), ("data_attributes", c.data_attributes)] {
+    for (name, attributes) in [
+        ("code_attributes", c.code_attributes),
+        ("data_attributes", c.data_attributes),
+    ] {
         if attributes & 0xF00 != 0 {
             return field(name, u64::from(attributes), "bits 11..8 must be zero");
         }
@@ -75,9 +82,20 @@ pub(super) fn read(data: &[u8]) -> Result<VcpuState, Reason> {
         es: data,
         ss: data,
         fs: data,
-        gs: Segment { base: c.gs_base, ..data },
-        gdtr: Segment { limit: u32::from(c.gdtr_limit), base: c.gdtr_base, ..Segment::default() },
-        idtr: Segment { limit: u32::from(c.idtr_limit), base: c.idtr_base, ..Segment::default() },
+        gs: Segment {
+            base: c.gs_base,
+            ..data
+        },
+        gdtr: Segment {
+            limit: u32::from(c.gdtr_limit),
+            base: c.gdtr_base,
+            ..Segment::default()
+        },
+        idtr: Segment {
+            limit: u32::from(c.idtr_limit),
+            base: c.idtr_base,
+            ..Segment::default()
+        },
         efer: c.efer,
         cr0: c.cr0,
         cr3: c.cr3,
@@ -167,8 +185,16 @@ impl VcpuState {
     pub fn reset() -> Self {
         Self {
             rflags: 2,
-            ldtr: Segment { attrib: 0x82, limit: 0xFFFF, ..Segment::default() },
-            tr: Segment { attrib: 0x8B, limit: 0xFFFF, ..Segment::default() },
+            ldtr: Segment {
+                attrib: 0x82,
+                limit: 0xFFFF,
+                ..Segment::default()
+            },
+            tr: Segment {
+                attrib: 0x8B,
+                limit: 0xFFFF,
+                ..Segment::default()
+            },
             dr6: 0xFFFF_0FF0,
             dr7: 0x400,
             pat: PAT_RESET,
@@ -186,17 +212,33 @@ mod tests {
 
     #[test]
     fn a_state_it_can_hold_comes_back() {
-        let data = Segment { selector: 0x18, attrib: 0xC93, limit: u32::MAX, base: 0 };
+        let data = Segment {
+            selector: 0x18,
+            attrib: 0xC93,
+            limit: u32::MAX,
+            base: 0,
+        };
         let state = VcpuState {
             rip: 0x10_0000,
             r15: 15,
-            cs: Segment { selector: 0x10, attrib: 0xA9B, ..data },
+            cs: Segment {
+                selector: 0x10,
+                attrib: 0xA9B,
+                ..data
+            },
             ds: data,
             es: data,
             ss: data,
             fs: data,
-            gs: Segment { base: 0x7_0000_0000, ..data },
-            gdtr: Segment { limit: 0x1F, base: 0x500, ..Segment::default() },
+            gs: Segment {
+                base: 0x7_0000_0000,
+                ..data
+            },
+            gdtr: Segment {
+                limit: 0x1F,
+                base: 0x500,
+                ..Segment::default()
+            },
             cr0: 0x8000_0011,
             cr3: 0x9000,
             cr4: 0x20,
@@ -229,11 +271,24 @@ mod tests {
         let page = write(&VcpuState::reset()).unwrap();
         let mut padded = page.clone();
         padded[4095] = 1;
-        assert!(matches!(read(&padded), Err(Reason::Field { field: "context padding", value: 1, .. })));
+        assert!(matches!(
+            read(&padded),
+            Err(Reason::Field {
+                field: "context padding",
+                value: 1,
+                ..
+            })
+        ));
         let mut attributes = page.clone();
         let at = std::mem::offset_of!(IgvmNativeVpContextX64, code_attributes);
         attributes[at + 1] = 1;
-        assert!(matches!(read(&attributes), Err(Reason::Field { field: "code_attributes", .. })));
+        assert!(matches!(
+            read(&attributes),
+            Err(Reason::Field {
+                field: "code_attributes",
+                ..
+            })
+        ));
         assert!(matches!(read(&page[..100]), Err(Reason::Truncated { .. })));
     }
 }

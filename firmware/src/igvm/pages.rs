@@ -3,9 +3,9 @@
 
 use std::borrow::Cow;
 
+use super::IgvmError;
 use super::error::Reason;
 use super::headers::Header;
-use super::IgvmError;
 use crate::plan::{PAGE_SIZE, PageKind, Step};
 
 /// A run of pages being gathered.
@@ -28,7 +28,11 @@ pub(super) struct Steps<'a> {
 
 impl<'a> Steps<'a> {
     pub(super) fn new(file: &'a [u8]) -> Self {
-        Self { file, steps: Vec::new(), run: None }
+        Self {
+            file,
+            steps: Vec::new(),
+            run: None,
+        }
     }
 
     /// Adds a page whose data, if any, was found to be inside the file.
@@ -45,7 +49,12 @@ impl<'a> Steps<'a> {
             }
         }
         self.flush();
-        self.run = Some(Run { gpa, len: PAGE_SIZE, kind, data });
+        self.run = Some(Run {
+            gpa,
+            len: PAGE_SIZE,
+            kind,
+            data,
+        });
     }
 
     /// Adds a step that is not pages.
@@ -60,12 +69,24 @@ impl<'a> Steps<'a> {
     }
 
     fn flush(&mut self) {
-        let Some(Run { gpa, len, kind, data }) = self.run.take() else { return };
+        let Some(Run { gpa, len, kind, data }) = self.run.take() else {
+            return;
+        };
         let data = data
-            .and_then(|start| Some((usize::try_from(start).ok()?, usize::try_from(start.checked_add(len)?).ok()?)))
+            .and_then(|start| {
+                Some((
+                    usize::try_from(start).ok()?,
+                    usize::try_from(start.checked_add(len)?).ok()?,
+                ))
+            })
             .and_then(|(start, end)| self.file.get(start..end))
             .unwrap_or_default();
-        self.steps.push(Step::Pages { gpa, len, kind, data: Cow::Borrowed(data) });
+        self.steps.push(Step::Pages {
+            gpa,
+            len,
+            kind,
+            data: Cow::Borrowed(data),
+        });
     }
 }
 
@@ -87,7 +108,13 @@ impl Claims {
     /// `header` fills `[gpa, gpa + len)`, which ends below 2^52.
     pub(super) fn add(&mut self, header: &Header<'_>, gpa: u64, len: u64) {
         let name = super::headers::type_name(header.typ);
-        self.0.push(Claim { gpa, len, index: header.index, offset: header.offset, header: name });
+        self.0.push(Claim {
+            gpa,
+            len,
+            index: header.index,
+            offset: header.offset,
+            header: name,
+        });
     }
 
     /// Refuses the later of two headers that fill the same memory.
@@ -96,7 +123,11 @@ impl Claims {
         for pair in self.0.windows(2) {
             let [low, high] = pair else { continue };
             if low.gpa.saturating_add(low.len) > high.gpa {
-                let (first, second) = if low.index < high.index { (low, high) } else { (high, low) };
+                let (first, second) = if low.index < high.index {
+                    (low, high)
+                } else {
+                    (high, low)
+                };
                 return Err(IgvmError {
                     header: second.header,
                     index: Some(second.index),

@@ -95,7 +95,11 @@ pub fn platforms(file: &[u8]) -> Result<Vec<PlatformInfo>, IgvmError> {
 fn read_platform(header: &Header<'_>) -> Result<PlatformInfo, IgvmError> {
     let raw: IGVM_VHS_SUPPORTED_PLATFORM = header.read()?;
     if raw.compatibility_mask.count_ones() != 1 {
-        return Err(header.field("compatibility_mask", raw.compatibility_mask, "must have exactly one bit"));
+        return Err(header.field(
+            "compatibility_mask",
+            raw.compatibility_mask,
+            "must have exactly one bit",
+        ));
     }
     Ok(PlatformInfo {
         platform_type: raw.platform_type.0,
@@ -109,7 +113,10 @@ fn read_platform(header: &Header<'_>) -> Result<PlatformInfo, IgvmError> {
 /// At most 32 platforms can be declared, one a mask bit: the search is short.
 fn declare(header: &Header<'_>, found: &[PlatformInfo], info: &PlatformInfo) -> Result<(), IgvmError> {
     let duplicate = |what, value| Err(header.error(Reason::Duplicate { what, value }));
-    if found.iter().any(|other| other.compatibility_mask == info.compatibility_mask) {
+    if found
+        .iter()
+        .any(|other| other.compatibility_mask == info.compatibility_mask)
+    {
         return duplicate("compatibility_mask", u64::from(info.compatibility_mask));
     }
     if found.iter().any(|other| other.platform_type == info.platform_type) {
@@ -143,7 +150,12 @@ pub fn plan<'a>(file: &'a [u8], options: &PlanOptions) -> Result<LaunchPlan<'a>,
 }
 
 fn choose(found: &[PlatformInfo], options: &PlanOptions) -> Result<(PlatformInfo, Platform), IgvmError> {
-    let find = |wanted| found.iter().find(|info| info.platform() == Some(wanted)).map(|info| (*info, wanted));
+    let find = |wanted| {
+        found
+            .iter()
+            .find(|info| info.platform() == Some(wanted))
+            .map(|info| (*info, wanted))
+    };
     let chosen = match options.platform {
         Some(wanted) => find(wanted),
         None => find(Platform::SevSnp).or_else(|| find(Platform::Native)),
@@ -155,7 +167,11 @@ fn choose(found: &[PlatformInfo], options: &PlanOptions) -> Result<(PlatformInfo
             None => "SEV_SNP or NATIVE",
         };
         let names: Vec<&str> = found.iter().map(PlatformInfo::name).collect();
-        let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        let has = if names.is_empty() {
+            "none".to_owned()
+        } else {
+            names.join(", ")
+        };
         IgvmError::file(FIXED_HEADER, 0, Reason::NoPlatform { wanted, has })
     })
 }
@@ -297,7 +313,11 @@ impl<'a> Planner<'a> {
             return Err(header.field("platform_version", info.platform_version, "must be 1"));
         }
         if info.highest_vtl != 0 {
-            return Err(header.field("highest_vtl", info.highest_vtl, "must be 0: KVM has no virtual trust levels"));
+            return Err(header.field(
+                "highest_vtl",
+                info.highest_vtl,
+                "must be 0: KVM has no virtual trust levels",
+            ));
         }
         if info.shared_gpa_boundary != 0 {
             let rule = "must be 0: KVM has no virtual top of memory";
@@ -313,7 +333,10 @@ impl<'a> Planner<'a> {
         }
         if self.applies(header, raw.compatibility_mask)? && self.platform == Platform::SevSnp {
             if self.plan.policy.is_some() {
-                return Err(header.error(Reason::Duplicate { what: "guest policy", value: raw.policy }));
+                return Err(header.error(Reason::Duplicate {
+                    what: "guest policy",
+                    value: raw.policy,
+                }));
             }
             self.plan.policy = Some(raw.policy);
         }
@@ -328,19 +351,28 @@ impl<'a> Planner<'a> {
         }
         self.applies(header, mask)?;
         if file_offset != 0 {
-            self.container.data(file_offset, u64::from(size_bytes)).map_err(|reason| header.error(reason))?;
+            self.container
+                .data(file_offset, u64::from(size_bytes))
+                .map_err(|reason| header.error(reason))?;
         }
         Ok(())
     }
 
     fn version_string(&mut self, header: &Header<'_>) -> Result<(), IgvmError> {
         if self.version_string {
-            return Err(header.error(Reason::Duplicate { what: "version string", value: header.index as u64 }));
+            return Err(header.error(Reason::Duplicate {
+                what: "version string",
+                value: header.index as u64,
+            }));
         }
         self.version_string = true;
         match std::str::from_utf8(header.content) {
             Ok(_) => Ok(()),
-            Err(e) => Err(header.field("UTF-8 text valid up to", e.valid_up_to() as u64, "must be UTF-8 to its end")),
+            Err(e) => Err(header.field(
+                "UTF-8 text valid up to",
+                e.valid_up_to() as u64,
+                "must be UTF-8 to its end",
+            )),
         }
     }
 
@@ -348,20 +380,39 @@ impl<'a> Planner<'a> {
         let raw: IGVM_VHS_PARAMETER_AREA = header.read()?;
         let len = raw.number_of_bytes;
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) || len > MAX_AREA_SIZE {
-            return Err(header.field("number_of_bytes", len, "must be a multiple of 4096, from 4096 to 16 MiB"));
+            return Err(header.field(
+                "number_of_bytes",
+                len,
+                "must be a multiple of 4096, from 4096 to 16 MiB",
+            ));
         }
         let initial = match raw.file_offset {
             0 => &[][..],
-            offset => self.container.data(offset, len).map_err(|reason| header.error(reason))?,
+            offset => self
+                .container
+                .data(offset, len)
+                .map_err(|reason| header.error(reason))?,
         };
-        if self.area_of.insert(raw.parameter_area_index, self.areas.len()).is_some() {
+        if self
+            .area_of
+            .insert(raw.parameter_area_index, self.areas.len())
+            .is_some()
+        {
             return Err(header.error(Reason::Duplicate {
                 what: "parameter area",
                 value: u64::from(raw.parameter_area_index),
             }));
         }
-        let area = ParameterArea { len, initial: Cow::Borrowed(initial), parameters: Vec::new() };
-        self.areas.push(Area { area: Some(area), len, inserted: false });
+        let area = ParameterArea {
+            len,
+            initial: Cow::Borrowed(initial),
+            parameters: Vec::new(),
+        };
+        self.areas.push(Area {
+            area: Some(area),
+            len,
+            inserted: false,
+        });
         Ok(())
     }
 
@@ -384,10 +435,17 @@ impl<'a> Planner<'a> {
         let (_, Area { area, len, .. }) = self.area(header, raw.parameter_area_index)?;
         let (byte_offset, len, needed) = (raw.byte_offset, *len, kind.min_size());
         if u64::from(byte_offset) + needed > len {
-            return Err(header.error(Reason::ParameterOutside { byte_offset, needed, len }));
+            return Err(header.error(Reason::ParameterOutside {
+                byte_offset,
+                needed,
+                len,
+            }));
         }
         if let Some(area) = area {
-            area.parameters.push(Parameter { kind, offset: byte_offset });
+            area.parameters.push(Parameter {
+                kind,
+                offset: byte_offset,
+            });
         }
         Ok(())
     }
@@ -402,7 +460,10 @@ impl<'a> Planner<'a> {
         let len = area.len;
         self.range(header, raw.gpa, len, "number_of_bytes")?;
         self.claims.add(header, raw.gpa, len);
-        self.steps.push(Step::Parameters { gpa: raw.gpa, area: position });
+        self.steps.push(Step::Parameters {
+            gpa: raw.gpa,
+            area: position,
+        });
         Ok(())
     }
 
@@ -424,7 +485,9 @@ impl<'a> Planner<'a> {
         let data = match raw.file_offset {
             0 => None,
             offset => {
-                self.container.data(offset, PAGE_SIZE).map_err(|reason| header.error(reason))?;
+                self.container
+                    .data(offset, PAGE_SIZE)
+                    .map_err(|reason| header.error(reason))?;
                 Some(u64::from(offset))
             }
         };
@@ -476,9 +539,15 @@ impl<'a> Planner<'a> {
         }
         let gpa = raw.gpa.get();
         self.range(header, gpa, PAGE_SIZE, "length")?;
-        let data = self.container.data(raw.file_offset, PAGE_SIZE).map_err(|reason| header.error(reason))?;
+        let data = self
+            .container
+            .data(raw.file_offset, PAGE_SIZE)
+            .map_err(|reason| header.error(reason))?;
         if !self.vp_indices.insert(raw.vp_index) {
-            return Err(header.error(Reason::Duplicate { what: "vp_index", value: u64::from(raw.vp_index) }));
+            return Err(header.error(Reason::Duplicate {
+                what: "vp_index",
+                value: u64::from(raw.vp_index),
+            }));
         }
         let context = match self.platform {
             Platform::SevSnp => {
@@ -486,14 +555,26 @@ impl<'a> Planner<'a> {
                     self.claims.add(header, gpa, PAGE_SIZE);
                 }
                 let state = vmsa::state_of(data).map_err(|e| header.error(Reason::Vmsa(e)))?;
-                VpContext { index: raw.vp_index, gpa, state, vmsa: Cow::Borrowed(data) }
+                VpContext {
+                    index: raw.vp_index,
+                    gpa,
+                    state,
+                    vmsa: Cow::Borrowed(data),
+                }
             }
             Platform::Native => {
                 let state = native::read(data).map_err(|reason| header.error(reason))?;
-                VpContext { index: raw.vp_index, gpa: 0, state, vmsa: Cow::Borrowed(&[]) }
+                VpContext {
+                    index: raw.vp_index,
+                    gpa: 0,
+                    state,
+                    vmsa: Cow::Borrowed(&[]),
+                }
             }
         };
-        self.steps.push(Step::Vcpu { vp: self.plan.vps.len() });
+        self.steps.push(Step::Vcpu {
+            vp: self.plan.vps.len(),
+        });
         self.plan.vps.push(context);
         Ok(())
     }
@@ -548,7 +629,10 @@ impl<'a> Planner<'a> {
             return Ok(());
         }
         if self.plan.id_block.is_some() {
-            return Err(header.error(Reason::Duplicate { what: "SNP ID block with SVN", value: raw.guest_svn.into() }));
+            return Err(header.error(Reason::Duplicate {
+                what: "SNP ID block with SVN",
+                value: raw.guest_svn.into(),
+            }));
         }
         self.plan.id_block = Some(IdBlock {
             ld: raw.ld,
@@ -584,11 +668,18 @@ impl<'a> Planner<'a> {
 }
 
 fn signature(raw: &IGVM_VHS_SNP_ID_BLOCK_SIGNATURE) -> IdSignature {
-    IdSignature { r: raw.r_comp, s: raw.s_comp }
+    IdSignature {
+        r: raw.r_comp,
+        s: raw.s_comp,
+    }
 }
 
 fn public_key(raw: &IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY) -> IdPublicKey {
-    IdPublicKey { curve: raw.curve, qx: raw.qx, qy: raw.qy }
+    IdPublicKey {
+        curve: raw.curve,
+        qx: raw.qx,
+        qy: raw.qy,
+    }
 }
 
 impl ParameterKind {

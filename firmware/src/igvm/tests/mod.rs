@@ -12,10 +12,16 @@ use super::*;
 use crate::plan::*;
 
 fn options(platform: Platform) -> PlanOptions {
-    PlanOptions { platform: Some(platform), ..PlanOptions::default() }
+    PlanOptions {
+        platform: Some(platform),
+        ..PlanOptions::default()
+    }
 }
 
-const KEEP: BuildOptions = BuildOptions { version: FormatVersion::Auto, preserve_order: true };
+const KEEP: BuildOptions = BuildOptions {
+    version: FormatVersion::Auto,
+    preserve_order: true,
+};
 
 /// Everything of two plans but how their steps are joined.
 fn assert_same(built: &LaunchPlan<'_>, original: &LaunchPlan<'_>, seed: u64) {
@@ -53,7 +59,12 @@ fn two_platforms_share_what_is_the_same() {
         let other_id = snp.id_block.take();
         if seed % 2 == 0 {
             snp.areas = native.areas.clone();
-            snp.steps = native.steps.iter().filter(|s| !matches!(s, Step::Vcpu { .. })).cloned().collect();
+            snp.steps = native
+                .steps
+                .iter()
+                .filter(|s| !matches!(s, Step::Vcpu { .. }))
+                .cloned()
+                .collect();
             snp.steps.extend((0..snp.vps.len()).map(|vp| Step::Vcpu { vp }));
         }
         snp.id_block = other_id;
@@ -63,8 +74,15 @@ fn two_platforms_share_what_is_the_same() {
             assert_same(&plan(&file, &options(Platform::SevSnp)).unwrap(), &snp, seed);
             assert_eq!(plan(&file, &PlanOptions::default()).unwrap().platform, Platform::SevSnp);
             let parsed = IgvmFile::new_from_binary(&file, None).unwrap();
-            let shared = parsed.directives().iter().filter(|d| d.compatibility_mask() == Some(3)).count();
-            let pages = effects(&native).iter().filter(|e| matches!(e, Effect::Page(..))).count();
+            let shared = parsed
+                .directives()
+                .iter()
+                .filter(|d| d.compatibility_mask() == Some(3))
+                .count();
+            let pages = effects(&native)
+                .iter()
+                .filter(|e| matches!(e, Effect::Page(..)))
+                .count();
             assert!(seed % 2 == 1 || shared >= pages, "{shared} shared of {pages}");
         }
     }
@@ -96,7 +114,14 @@ fn agrees_with_the_igvm_crate() {
     for seed in 0..60 {
         let original = sample_plan(seed, Platform::SevSnp);
         for version in [FormatVersion::V1, FormatVersion::V2] {
-            let file = build(std::slice::from_ref(&original), &BuildOptions { version, preserve_order: true }).unwrap();
+            let file = build(
+                std::slice::from_ref(&original),
+                &BuildOptions {
+                    version,
+                    preserve_order: true,
+                },
+            )
+            .unwrap();
             let ours = plan(&file, &PlanOptions::default()).unwrap();
             let theirs = IgvmFile::new_from_binary(&file, Some(IsolationType::Snp)).unwrap();
             let mut areas = std::collections::HashMap::new();
@@ -104,23 +129,35 @@ fn agrees_with_the_igvm_crate() {
             for directive in theirs.directives() {
                 match directive {
                     Directive::PageData { gpa, flags, data, .. } => {
-                        let Some(Effect::Page(our_gpa, kind, bytes)) = expected.next() else { panic!("no page") };
+                        let Some(Effect::Page(our_gpa, kind, bytes)) = expected.next() else {
+                            panic!("no page")
+                        };
                         let mut data = data.clone();
                         data.resize(4096, 0);
                         assert_eq!((our_gpa, bytes), (*gpa, data));
                         assert_eq!(kind == PageKind::Shared, flags.shared());
                         compared += 1;
                     }
-                    Directive::ParameterArea { number_of_bytes, parameter_area_index, .. } => {
+                    Directive::ParameterArea {
+                        number_of_bytes,
+                        parameter_area_index,
+                        ..
+                    } => {
                         areas.insert(*parameter_area_index, *number_of_bytes);
                     }
                     Directive::ParameterInsert(insert) => {
-                        let Some(Effect::Area(gpa, area)) = expected.next() else { panic!("no insert") };
+                        let Some(Effect::Area(gpa, area)) = expected.next() else {
+                            panic!("no insert")
+                        };
                         assert_eq!((gpa, area.len), (insert.gpa, areas[&insert.parameter_area_index]));
                     }
-                    Directive::SnpVpContext { gpa, vp_index, vmsa, .. } => {
+                    Directive::SnpVpContext {
+                        gpa, vp_index, vmsa, ..
+                    } => {
                         use zerocopy::IntoBytes;
-                        let Some(Effect::Vcpu(vp)) = expected.next() else { panic!("no vCPU") };
+                        let Some(Effect::Vcpu(vp)) = expected.next() else {
+                            panic!("no vCPU")
+                        };
                         assert_eq!((vp.gpa, vp.index, &*vp.vmsa), (*gpa, *vp_index, vmsa.as_bytes()));
                     }
                     _ => {}
@@ -140,7 +177,10 @@ fn reads_what_the_igvm_crate_writes() {
             let original = sample_plan(seed, platform);
             let file = build(std::slice::from_ref(&original), &KEEP).unwrap();
             let mut theirs = Vec::new();
-            IgvmFile::new_from_binary(&file, None).unwrap().serialize(&mut theirs).unwrap();
+            IgvmFile::new_from_binary(&file, None)
+                .unwrap()
+                .serialize(&mut theirs)
+                .unwrap();
             assert_ne!(file, theirs);
             assert_same(&plan(&theirs, &options(platform)).unwrap(), &original, seed);
         }
@@ -151,23 +191,54 @@ fn reads_what_the_igvm_crate_writes() {
 fn neighbours_in_memory_and_file_are_one_step() {
     let data = Rng(1).bytes(64 * 4096);
     let mut original = LaunchPlan::new(Platform::SevSnp);
-    original.steps.push(Step::Pages { gpa: 0x20_0000, len: 64 * 4096, kind: PageKind::Normal, data: (&data).into() });
+    original.steps.push(Step::Pages {
+        gpa: 0x20_0000,
+        len: 64 * 4096,
+        kind: PageKind::Normal,
+        data: (&data).into(),
+    });
     let file = build(std::slice::from_ref(&original), &KEEP).unwrap();
     let read = plan(&file, &PlanOptions::default()).unwrap();
     assert_eq!(read, original);
-    let Step::Pages { data: std::borrow::Cow::Borrowed(bytes), .. } = &read.steps[0] else { panic!("copied") };
+    let Step::Pages {
+        data: std::borrow::Cow::Borrowed(bytes),
+        ..
+    } = &read.steps[0]
+    else {
+        panic!("copied")
+    };
     assert_eq!((bytes.as_ptr() as usize - file.as_ptr() as usize) % 4096, 0);
 }
 
 #[test]
 fn zero_pages_are_what_was_asked_for() {
     let mut original = LaunchPlan::new(Platform::SevSnp);
-    original.steps.push(Step::Pages { gpa: 0, len: 0x2000, kind: PageKind::Zero, data: (&[][..]).into() });
-    original.steps.push(Step::Pages { gpa: 0x2000, len: 0x1000, kind: PageKind::Normal, data: (&[][..]).into() });
+    original.steps.push(Step::Pages {
+        gpa: 0,
+        len: 0x2000,
+        kind: PageKind::Zero,
+        data: (&[][..]).into(),
+    });
+    original.steps.push(Step::Pages {
+        gpa: 0x2000,
+        len: 0x1000,
+        kind: PageKind::Normal,
+        data: (&[][..]).into(),
+    });
     let file = build(std::slice::from_ref(&original), &KEEP).unwrap();
     let kinds = |zero_pages| {
-        let plan = plan(&file, &PlanOptions { platform: None, zero_pages }).unwrap();
-        effects(&plan).iter().map(|e| if let Effect::Page(_, k, _) = e { *k } else { panic!() }).collect::<Vec<_>>()
+        let plan = plan(
+            &file,
+            &PlanOptions {
+                platform: None,
+                zero_pages,
+            },
+        )
+        .unwrap();
+        effects(&plan)
+            .iter()
+            .map(|e| if let Effect::Page(_, k, _) = e { *k } else { panic!() })
+            .collect::<Vec<_>>()
     };
     use PageKind::{Normal, Zero};
     assert_eq!(kinds(ZeroPages::AsNormal), [Normal, Normal, Normal]);
@@ -177,11 +248,23 @@ fn zero_pages_are_what_was_asked_for() {
 
 #[test]
 fn platforms_are_listed() {
-    let file =
-        build(&[sample_plan(1, Platform::Native), sample_plan(2, Platform::SevSnp)], &BuildOptions::default()).unwrap();
+    let file = build(
+        &[sample_plan(1, Platform::Native), sample_plan(2, Platform::SevSnp)],
+        &BuildOptions::default(),
+    )
+    .unwrap();
     let found = platforms(&file).unwrap();
-    let named: Vec<_> = found.iter().map(|p| (p.name(), p.compatibility_mask, p.platform())).collect();
-    assert_eq!(named, [("NATIVE", 1, Some(Platform::Native)), ("SEV_SNP", 2, Some(Platform::SevSnp))]);
+    let named: Vec<_> = found
+        .iter()
+        .map(|p| (p.name(), p.compatibility_mask, p.platform()))
+        .collect();
+    assert_eq!(
+        named,
+        [
+            ("NATIVE", 1, Some(Platform::Native)),
+            ("SEV_SNP", 2, Some(Platform::SevSnp))
+        ]
+    );
     assert_eq!(found[1].platform_type, IgvmPlatformType::SEV_SNP.0);
 }
 
@@ -197,30 +280,56 @@ fn plans_that_no_file_can_hold_are_refused() {
         build(&[one.clone(), one.clone()], &KEEP).unwrap_err(),
         BuildError::Platforms(vec![Platform::SevSnp, Platform::SevSnp])
     );
-    let page = |gpa, len| Step::Pages { gpa, len, kind: PageKind::Normal, data: (&[][..]).into() };
-    assert_eq!(refuse(&|p| p.steps.push(page(0x123, 4096))), BuildError::Unaligned { gpa: 0x123, len: 4096 });
+    let page = |gpa, len| Step::Pages {
+        gpa,
+        len,
+        kind: PageKind::Normal,
+        data: (&[][..]).into(),
+    };
+    assert_eq!(
+        refuse(&|p| p.steps.push(page(0x123, 4096))),
+        BuildError::Unaligned { gpa: 0x123, len: 4096 }
+    );
     assert_eq!(
         refuse(&|p| p.steps.push(Step::Vcpu { vp: 9 })),
         BuildError::Dangling { what: "vCPU", index: 9 }
     );
     assert_eq!(
         refuse(&|p| p.steps.push(Step::Parameters { gpa: 0, area: 99 })),
-        BuildError::Dangling { what: "parameter area", index: 99 }
+        BuildError::Dangling {
+            what: "parameter area",
+            index: 99
+        }
     );
     let range = GpaRange { start: 0, len: 1 << 32 };
     assert_eq!(refuse(&|p| p.required_memory.push(range)), BuildError::Range(range));
     let overlap = refuse(&|p| p.steps.extend([page(0x5000_0000, 4096), page(0x5000_0000, 4096)]));
-    assert!(matches!(overlap, BuildError::Invalid(IgvmError { reason: Reason::Overlap { .. }, .. })), "{overlap}");
+    assert!(
+        matches!(
+            overlap,
+            BuildError::Invalid(IgvmError {
+                reason: Reason::Overlap { .. },
+                ..
+            })
+        ),
+        "{overlap}"
+    );
 }
 
 /// Damage of every kind: a flipped bit, a byte, a word, a cut, with and without the checksum made right again.
 /// The count is 100,000, or `PODVISOR_IGVM_MUTATIONS`.
 #[test]
 fn damage_is_refused_and_never_more() {
-    let wanted: u64 = std::env::var("PODVISOR_IGVM_MUTATIONS").ok().and_then(|n| n.parse().ok()).unwrap_or(100_000);
+    let wanted: u64 = std::env::var("PODVISOR_IGVM_MUTATIONS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(100_000);
     let images: Vec<Vec<u8>> = (0..8)
         .map(|seed| {
-            let plans = [sample_plan(seed, Platform::SevSnp), sample_plan(seed + 8, Platform::Native)];
+            let plans = [
+                sample_plan(seed, Platform::SevSnp),
+                sample_plan(seed + 8, Platform::Native),
+            ];
             build(if seed % 2 == 0 { &plans } else { &plans[..1] }, &KEEP).unwrap()
         })
         .collect();
@@ -258,8 +367,15 @@ fn damage_is_refused_and_never_more() {
                 false
             }
         });
-        if outcome.contains(&true) { accepted += 1 } else { refused += 1 }
+        if outcome.contains(&true) {
+            accepted += 1;
+        } else {
+            refused += 1;
+        }
     }
     // Both sides of the parser were reached.
-    assert!(accepted > wanted / 100 && refused > wanted / 10, "{accepted} accepted, {refused} refused");
+    assert!(
+        accepted > wanted / 100 && refused > wanted / 10,
+        "{accepted} accepted, {refused} refused"
+    );
 }

@@ -24,7 +24,10 @@ impl Rng {
     }
 
     pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(len).collect()
+        (0..len.div_ceil(8))
+            .flat_map(|_| self.next().to_le_bytes())
+            .take(len)
+            .collect()
     }
 
     fn array<const N: usize>(&mut self) -> [u8; N] {
@@ -34,19 +37,34 @@ impl Rng {
 
 /// A 64-bit state both platforms can hold.
 pub(crate) fn long_mode(rip: u64, platform: Platform) -> VcpuState {
-    let data = Segment { selector: 0x18, attrib: 0xC93, limit: u32::MAX, base: 0 };
+    let data = Segment {
+        selector: 0x18,
+        attrib: 0xC93,
+        limit: u32::MAX,
+        base: 0,
+    };
     let snp = platform == Platform::SevSnp;
     VcpuState {
         rip,
         rsp: 0x9000,
-        cs: Segment { selector: 0x10, attrib: 0xA9B, ..data },
+        cs: Segment {
+            selector: 0x10,
+            attrib: 0xA9B,
+            ..data
+        },
         ds: data,
         es: data,
         ss: data,
         fs: data,
         gs: data,
-        gdtr: Segment { limit: 0xFFFF, ..Segment::default() },
-        idtr: Segment { limit: 0xFFFF, ..Segment::default() },
+        gdtr: Segment {
+            limit: 0xFFFF,
+            ..Segment::default()
+        },
+        idtr: Segment {
+            limit: 0xFFFF,
+            ..Segment::default()
+        },
         cr0: 0x8000_0031,
         cr3: 0x2000,
         cr4: if snp { 0x60 } else { 0x20 },
@@ -78,11 +96,25 @@ fn id_block(rng: &mut Rng) -> IdBlock {
         guest_svn: 7,
         id_key_algorithm: 1,
         author_key_algorithm: u32::from(author_key_enabled),
-        id_block_signature: IdSignature { r: rng.array(), s: rng.array() },
-        id_key: IdPublicKey { curve: 2, qx: rng.array(), qy: rng.array() },
+        id_block_signature: IdSignature {
+            r: rng.array(),
+            s: rng.array(),
+        },
+        id_key: IdPublicKey {
+            curve: 2,
+            qx: rng.array(),
+            qy: rng.array(),
+        },
         author_key_enabled,
-        id_key_signature: IdSignature { r: rng.array(), s: rng.array() },
-        author_key: IdPublicKey { curve: 2, qx: rng.array(), qy: rng.array() },
+        id_key_signature: IdSignature {
+            r: rng.array(),
+            s: rng.array(),
+        },
+        author_key: IdPublicKey {
+            curve: 2,
+            qx: rng.array(),
+            qy: rng.array(),
+        },
     }
 }
 
@@ -97,12 +129,26 @@ pub(crate) fn sample_plan(seed: u64, platform: Platform) -> LaunchPlan<'static> 
         gpa += PAGE_SIZE * rng.below(3);
         if rng.below(5) == 0 {
             let len = PAGE_SIZE * (1 + rng.below(3));
-            let initial = if rng.below(3) == 0 { Cow::Owned(rng.bytes(len as usize)) } else { Cow::Borrowed(&[][..]) };
+            let initial = if rng.below(3) == 0 {
+                Cow::Owned(rng.bytes(len as usize))
+            } else {
+                Cow::Borrowed(&[][..])
+            };
             let parameters = (0..rng.below(4))
-                .map(|_| Parameter { kind: KINDS[rng.below(9) as usize], offset: rng.below(4000) as u32 })
+                .map(|_| Parameter {
+                    kind: KINDS[rng.below(9) as usize],
+                    offset: rng.below(4000) as u32,
+                })
                 .collect();
-            plan.steps.push(Step::Parameters { gpa, area: plan.areas.len() });
-            plan.areas.push(ParameterArea { len, initial, parameters });
+            plan.steps.push(Step::Parameters {
+                gpa,
+                area: plan.areas.len(),
+            });
+            plan.areas.push(ParameterArea {
+                len,
+                initial,
+                parameters,
+            });
             gpa += len;
             continue;
         }
@@ -131,11 +177,22 @@ pub(crate) fn sample_plan(seed: u64, platform: Platform) -> LaunchPlan<'static> 
             Platform::Native => (0, Cow::Borrowed(&[][..])),
         };
         plan.steps.push(Step::Vcpu { vp: plan.vps.len() });
-        plan.vps.push(VpContext { index, gpa, state, vmsa });
+        plan.vps.push(VpContext {
+            index,
+            gpa,
+            state,
+            vmsa,
+        });
     }
-    plan.required_memory.push(GpaRange { start: 0, len: 0x800_0000 });
+    plan.required_memory.push(GpaRange {
+        start: 0,
+        len: 0x800_0000,
+    });
     if rng.below(2) == 0 {
-        plan.error_ranges.push(GpaRange { start: 0x700_0000, len: 0x2000 });
+        plan.error_ranges.push(GpaRange {
+            start: 0x700_0000,
+            len: 0x2000,
+        });
     }
     if snp && rng.below(2) == 0 {
         plan.id_block = Some(id_block(&mut rng));
@@ -206,7 +263,11 @@ impl RawFile {
         file.extend_from_slice(&(1 + u32::from(self.v2)).to_le_bytes());
         file.extend_from_slice(&fixed_len.to_le_bytes());
         file.extend_from_slice(&(self.headers.len() as u32).to_le_bytes());
-        let total = if self.data.is_empty() { fixed_len as usize + self.headers.len() } else { 0x1000 + self.data.len() };
+        let total = if self.data.is_empty() {
+            fixed_len as usize + self.headers.len()
+        } else {
+            0x1000 + self.data.len()
+        };
         file.extend_from_slice(&(total as u32).to_le_bytes());
         file.extend_from_slice(&[0; 4]);
         if self.v2 {
@@ -230,10 +291,17 @@ pub(crate) fn platform(mask: u32, platform_type: u8) -> Vec<u8> {
 
 /// Makes the checksum right again, where the headers' extent can be told.
 pub(crate) fn seal(file: &mut [u8]) {
-    let word = |file: &[u8], at: usize| file.get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().unwrap()) as usize);
-    let (Some(version), Some(start), Some(len)) = (word(file, 4), word(file, 8), word(file, 12)) else { return };
+    let word = |file: &[u8], at: usize| {
+        file.get(at..at + 4)
+            .map(|b| u32::from_le_bytes(b.try_into().unwrap()) as usize)
+    };
+    let (Some(version), Some(start), Some(len)) = (word(file, 4), word(file, 8), word(file, 12)) else {
+        return;
+    };
     let fixed_len = if version == 2 { 32 } else { 24 };
-    let (Some(fixed), Some(headers)) = (file.get(..fixed_len), file.get(start..start.saturating_add(len))) else { return };
+    let (Some(fixed), Some(headers)) = (file.get(..fixed_len), file.get(start..start.saturating_add(len))) else {
+        return;
+    };
     let mut crc = crc32fast::Hasher::new();
     crc.update(&fixed[..20]);
     crc.update(&[0; 4]);
