@@ -1,0 +1,319 @@
+//! virtio-blk (virtio 1.2 5.2): a raw image or a block device as the pod's disk. This file has the device: its
+//! options, queues and counters. Requests are parsed in `request.rs`, carried through in `task.rs` on the engine of
+//! `ring.rs`; the host's file is `file.rs`, configuration space `config.rs`.
+//!
+//! Images are raw, always: what a guest can write is never interpreted. A request's failure is that request's
+//! alone. Page states are checked when a request starts; a guest that makes a page private while the host works on
+//! it loses the data of that page, as with any DMA.
+
+mod active;
+mod config;
+mod file;
+mod request;
+mod ring;
+mod task;
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::active::Active;
+use self::config::Config;
+pub use self::file::BlkError;
+use self::file::DiskFile;
+use self::request::{Limits, Operation, Request};
+use self::task::Status;
+use super::device::{Activation, DeviceError, VirtioDevice};
+
+/// Length of the serial in bytes (virtio 1.2 5.2.6.1).
+const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// The largest queue size that can be asked for (virtio 1.2 2.7).
+const MAX_QUEUE_SIZE: u16 = 32768;
+/// The most queues that can be asked for: one a vCPU is of use.
+const MAX_QUEUES: u16 = 256;
+
+/// How a disk is to be opened.
+#[derive(Clone, Debug)]
+pub struct BlkOptions {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// Open it read-only; the lock is then shared, so that several pods can use it.
+    pub readonly: bool,
+    /// Bypass the host's page cache.
+    pub direct: bool,
+    /// What the driver is told as serial, at most 20 bytes; None: made of the file's device and inode.
+    pub serial: Option<String>,
+    /// Number of queues, 1 to 256.
+    pub num_queues: u16,
+    /// Size of each queue, a power of two.
+    pub queue_size: u16,
+    /// Use plain system calls in place of io_uring.
+    pub disable_io_uring: bool,
+    /// Discarded space is given back to the host.
+    pub sparse: bool,
+}
+
+impl BlkOptions {
+    /// The defaults of Cloud Hypervisor for the disk at `path`.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            readonly: false,
+            direct: false,
+            serial: None,
+            num_queues: 1,
+            queue_size: 128,
+            disable_io_uring: false,
+            sparse: true,
+        }
+    }
+
+    fn check(&self) -> Result<(), BlkError> {
+        let refuse = |option, value: &dyn ToString, remedy| BlkError::Option {
+            path: self.path.clone(),
+            option,
+            value: value.to_string(),
+            remedy,
+        };
+        if self.num_queues == 0 || self.num_queues > MAX_QUEUES {
+            return Err(refuse("num_queues", &self.num_queues, "give 1 to 256"));
+        }
+        if !self.queue_size.is_power_of_two() || self.queue_size < 2 || self.queue_size > MAX_QUEUE_SIZE {
+            return Err(refuse(
+                "queue_size",
+                &self.queue_size,
+                "give a power of two from 2 to 32768",
+            ));
+        }
+        if let Some(serial) = &self.serial
+            && serial.len() > SERIAL_LEN
+        {
+            return Err(refuse("serial", serial, "give at most 20 bytes"));
+        }
+        Ok(())
+    }
+}
+
+/// What the device did since it was made.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    read_bytes: u64,
+    write_bytes: u64,
+    read_ops: u64,
+    write_ops: u64,
+    flush_ops: u64,
+    discard_ops: u64,
+    write_zeroes_ops: u64,
+    failed_ops: u64,
+    malformed_chains: u64,
+}
+
+/// A virtio disk.
+pub struct Blk {
+    /// First, since dropping it waits for the host.
+    active: Option<Active>,
+    shared: Shared,
+    queue_sizes: Vec<u16>,
+}
+
+/// What stays over a reset.
+struct Shared {
+    options: BlkOptions,
+    disk: Arc<DiskFile>,
+    serial: [u8; SERIAL_LEN],
+    config: Config,
+    limits: Limits,
+    /// Readable when the host finished something, or when there is more to do.
+    event: EventFd,
+    counters: Counters,
+}
+
+impl Blk {
+    /// Opens and locks the disk. The engine is made when the driver is ready.
+    ///
+    /// # Errors
+    /// When an option cannot be, the disk cannot be opened, is no disk, or is locked by someone else.
+    pub fn open(options: BlkOptions) -> Result<Self, BlkError> {
+        options.check()?;
+        let disk = DiskFile::open(&options.path, options.readonly, options.direct)?;
+        if !disk.size.is_multiple_of(request::SECTOR_SIZE) {
+            tracing::warn!(
+                "disk {}: its last {} bytes are not a whole sector and are not seen by the pod",
+                options.path.display(),
+                disk.size % request::SECTOR_SIZE
+            );
+        }
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| BlkError::Host {
+            path: options.path.clone(),
+            what: "making its eventfd",
+            source,
+        })?;
+        let mut serial = [0; SERIAL_LEN];
+        let told = options.serial.as_deref().unwrap_or(&disk.identity);
+        for (place, byte) in serial.iter_mut().zip(told.bytes()) {
+            *place = byte;
+        }
+        let (config, limits) = Config::new(&disk, &options);
+        Ok(Self {
+            active: None,
+            queue_sizes: vec![options.queue_size; usize::from(options.num_queues)],
+            shared: Shared {
+                options,
+                disk: Arc::new(disk),
+                serial,
+                config,
+                limits,
+                event,
+                counters: Counters::default(),
+            },
+        })
+    }
+
+    /// The path it was opened by.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.shared.options.path
+    }
+
+    /// Its size in bytes, whole sectors only.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.shared.limits.sectors << request::SECTOR_SHIFT
+    }
+
+    /// Requests that the host works on now.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.active.as_ref().map_or(0, Active::in_flight)
+    }
+
+    /// Whether io_uring does the work; false while not active.
+    #[must_use]
+    pub fn uses_io_uring(&self) -> bool {
+        self.active.as_ref().is_some_and(Active::uses_ring)
+    }
+}
+
+impl Counters {
+    fn failed(&mut self) {
+        self.failed_ops = self.failed_ops.saturating_add(1);
+    }
+
+    fn malformed(&mut self) {
+        self.malformed_chains = self.malformed_chains.saturating_add(1);
+    }
+
+    fn count(&mut self, request: &Request, status: Status) {
+        let add = |counter: &mut u64, n: u64| *counter = counter.saturating_add(n);
+        if status != Status::Ok {
+            self.failed();
+            return;
+        }
+        match request.operation {
+            Operation::In { len, .. } => {
+                add(&mut self.read_ops, 1);
+                add(&mut self.read_bytes, len);
+            }
+            Operation::Out { len, .. } => {
+                add(&mut self.write_ops, 1);
+                add(&mut self.write_bytes, len);
+            }
+            Operation::Flush => add(&mut self.flush_ops, 1),
+            Operation::Discard => add(&mut self.discard_ops, 1),
+            Operation::WriteZeroes => add(&mut self.write_zeroes_ops, 1),
+            Operation::GetId => {}
+        }
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        self.shared.config.features()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.shared.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if !self.shared.options.readonly {
+            self.shared.config.write(offset, data);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.active = None;
+        self.active = Some(Active::new(&self.shared, activation)?);
+        Ok(())
+    }
+
+    fn on_queue(&mut self, index: usize) -> Result<(), DeviceError> {
+        match &mut self.active {
+            Some(active) => active.on_queue(&mut self.shared, index),
+            None => Ok(()),
+        }
+    }
+
+    fn event_fds(&self) -> Vec<RawFd> {
+        vec![self.shared.event.as_raw_fd()]
+    }
+
+    fn on_event(&mut self, _index: usize) -> Result<(), DeviceError> {
+        // An error: it is not readable, another turn took it.
+        let _ = self.shared.event.read();
+        match &mut self.active {
+            Some(active) => active.on_event(&mut self.shared),
+            None => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.shared.config.reset();
+        let _ = self.shared.event.read();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.shared.counters;
+        vec![
+            ("read_bytes", c.read_bytes),
+            ("write_bytes", c.write_bytes),
+            ("read_ops", c.read_ops),
+            ("write_ops", c.write_ops),
+            ("flush_ops", c.flush_ops),
+            ("discard_ops", c.discard_ops),
+            ("write_zeroes_ops", c.write_zeroes_ops),
+            ("failed_ops", c.failed_ops),
+            ("malformed_chains", c.malformed_chains),
+        ]
+    }
+
+    fn syscalls(&self) -> &'static [i64] {
+        &[
+            libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_enter,
+            libc::SYS_io_uring_register,
+            libc::SYS_preadv2,
+            libc::SYS_pwritev2,
+            libc::SYS_fdatasync,
+            libc::SYS_fallocate,
+            libc::SYS_mmap,
+            libc::SYS_munmap,
+        ]
+    }
+}
