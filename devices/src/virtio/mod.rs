@@ -2,8 +2,10 @@
 //! A device is one file here and one registration line in the monitor.
 
 pub mod blk;
+pub mod console;
 pub mod device;
 pub mod pci;
+pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod vsock;
