@@ -22,7 +22,8 @@ pub struct PodRegion {
     gate: Option<Arc<dyn SharedPages>>,
 }
 
-/// All RAM of a pod, as devices may use it.
+/// All RAM of a pod, as devices may use it. Access goes by guest address (`Bytes<GuestAddress>`, `get_slices`), page by
+/// page; access by offset into a region is all or nothing, for vm-memory takes one slice of the whole region for it.
 pub type PodMemory = GuestRegionCollection<PodRegion>;
 
 impl PodRegion {
@@ -68,3 +69,6 @@ impl GuestMemoryRegion for PodRegion {
 }
 
 impl GuestMemoryRegionBytes for PodRegion {}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,157 @@
+//! Exits, events and hotplug registers as a guest's kernel and ACPI methods use them.
+
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::bus::{Bus, BusDevice};
+use crate::mock::CountedLine;
+use crate::sync::lock;
+
+/// Remembers exits.
+#[derive(Default)]
+pub(super) struct Exits(Mutex<Vec<ExitReason>>);
+
+impl Exits {
+    pub(super) fn take(&self) -> Vec<ExitReason> {
+        std::mem::take(&mut lock(&self.0))
+    }
+}
+
+impl ExitSink for Exits {
+    fn exit(&self, reason: ExitReason) {
+        lock(&self.0).push(reason);
+    }
+}
+
+#[derive(Default)]
+struct Ejected(Mutex<Vec<(u16, u32)>>);
+
+impl HotplugSink for Ejected {
+    fn eject_slot(&self, segment: u16, slot: u8) {
+        lock(&self.0).push((segment, slot.into()));
+    }
+    fn eject_vcpu(&self, index: u32) {
+        lock(&self.0).push((0xFFFF, index));
+    }
+}
+
+#[test]
+fn power_off_and_the_two_resets() {
+    let exits = Arc::new(Exits::default());
+    let ports = Bus::new();
+    ports
+        .insert(
+            0x600,
+            acpi_pm::ACPI_POWER_SIZE,
+            Arc::new(Mutex::new(AcpiPower::new(exits.clone()))),
+        )
+        .unwrap();
+    ports
+        .insert(0x61, i8042::I8042_SIZE, Arc::new(Mutex::new(I8042::new(exits.clone()))))
+        .unwrap();
+    ports.write(0x600, &[0x34]);
+    ports.write(0x600, &[1]);
+    ports.write(0x64, &[0xFE]);
+    assert_eq!(
+        exits.take(),
+        [ExitReason::PowerOff, ExitReason::Reset, ExitReason::Reset]
+    );
+    for (port, byte) in [
+        (0x600, 0),
+        (0x600, 0x14),
+        (0x601, 0x34),
+        (0x64, 0xD1),
+        (0x60, 0xFE),
+        (0x61, 0xFE),
+    ] {
+        ports.write(port, &[byte]);
+    }
+    ports.write(0x64, &[0xFE, 0]);
+    ports.write(0x600, &[]);
+    assert_eq!(exits.take(), []);
+    let mut d = [0xEE];
+    ports.read(0x64, &mut d);
+    assert_eq!(d, [0]);
+    ports.read(0x61, &mut d);
+    assert_eq!(d, [0x20]);
+}
+
+#[test]
+fn ged_events_add_up_until_they_are_read() {
+    let line = Arc::new(CountedLine::default());
+    let mut ged = Ged::new(line.clone());
+    ged.notify(GedEvent::Pci).unwrap();
+    ged.notify(GedEvent::PowerButton).unwrap();
+    assert_eq!(line.count(), 2);
+    let mut d = [0xEE];
+    ged.write(0, &[0xFF]);
+    ged.read(0, &mut d);
+    assert_eq!(d, [0b1100]);
+    ged.read(0, &mut d);
+    assert_eq!(d, [0]);
+}
+
+fn read32(device: &mut dyn BusDevice, at: u64) -> u32 {
+    let mut d = [0xEE; 4];
+    device.read(at, &mut d);
+    u32::from_le_bytes(d)
+}
+
+#[test]
+fn pci_slots_come_and_go_by_segment() {
+    let ejected = Arc::new(Ejected::default());
+    let mut h = PciHotplug::new(2, ejected.clone());
+    assert!(h.plugged(0, 3) && h.plugged(0, 31) && h.unplug(1, 4));
+    assert!(!h.plugged(2, 1) && !h.plugged(0, 32));
+    assert_eq!(read32(&mut h, 0), 1 << 31 | 1 << 3);
+    assert_eq!((read32(&mut h, 0), read32(&mut h, 4)), (0, 0));
+    h.write(12, &1u32.to_le_bytes());
+    assert_eq!((read32(&mut h, 12), read32(&mut h, 4)), (1, 1 << 4));
+    h.write(12, &2u32.to_le_bytes());
+    h.write(12, &u32::MAX.to_le_bytes());
+    assert_eq!(read32(&mut h, 12), 1, "no such segment");
+    h.write(8, &(1u32 << 4 | 1 << 9).to_le_bytes());
+    h.write(8, &[0xFF]);
+    h.write(0, &[0xFF; 4]);
+    assert_eq!(*lock(&ejected.0), [(1, 4), (1, 9)]);
+    assert_eq!(read32(&mut h, 8), 0);
+    assert_eq!(read32(&mut h, 13), 0);
+}
+
+#[test]
+fn vcpus_are_scanned_inserted_and_ejected_as_the_acpi_methods_do() {
+    let ejected = Arc::new(Ejected::default());
+    let mut c = CpuHotplug::new(1, 4, ejected.clone());
+    let select = |c: &mut CpuHotplug, i: u32| c.write(0, &i.to_le_bytes());
+    let status = |c: &mut CpuHotplug| {
+        let mut d = [0xEE];
+        c.read(4, &mut d);
+        d[0]
+    };
+    assert_eq!((status(&mut c), read32(&mut c, 0)), (1, 0));
+    assert!(c.plugged(2) && !c.plugged(4) && !c.unplug(1));
+    select(&mut c, 2);
+    assert_eq!((read32(&mut c, 0), status(&mut c)), (2, 0b11));
+    c.write(4, &[0b10]);
+    assert_eq!(status(&mut c), 1);
+    assert!(c.unplug(2));
+    assert_eq!(status(&mut c), 0b101);
+    c.write(4, &[0b100]);
+    c.write(4, &[0b1000]);
+    assert_eq!(status(&mut c), 0);
+    c.write(4, &[0b1000]);
+    assert_eq!(*lock(&ejected.0), [(0xFFFF, 2)], "ejected once");
+    select(&mut c, u32::MAX);
+    c.write(4, &[0xFF]);
+    c.write(0, &[1]);
+    assert_eq!((status(&mut c), read32(&mut c, 8)), (0, 0));
+}
+
+#[test]
+fn the_debug_port_swallows() {
+    let mut p = DebugPort;
+    let mut d = [0];
+    p.write(0, &[1, 2]);
+    p.read(0, &mut d);
+    assert_eq!(d, [0xFF]);
+}
