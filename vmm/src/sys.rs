@@ -1,0 +1,142 @@
+//! The few system calls that the standard library has no name for, each behind a safe function. Nothing here knows
+//! what a pod is.
+#![expect(unsafe_code, reason = "thin wrappers around libc calls, one block each")]
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Creates an anonymous file in memory (`memfd_create(2)`), close-on-exec; with `hugepages` backed by huge pages.
+///
+/// # Errors
+/// As the system call: no huge pages configured, or out of descriptors.
+pub fn memfd(name: &CStr, hugepages: bool) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | if hugepages { libc::MFD_HUGETLB } else { 0 };
+    // SAFETY: `name` is a valid C string for the length of the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor and nobody else holds it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Advises the kernel about `[address, address + len)` of this process (`madvise(2)`). Only advice that keeps the
+/// contents may be given.
+///
+/// # Errors
+/// As the system call.
+pub fn advise(address: u64, len: u64, advice: MemoryAdvice) -> io::Result<()> {
+    let (Ok(address), Ok(len)) = (usize::try_from(address), usize::try_from(len)) else {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    };
+    let advice = match advice {
+        MemoryAdvice::HugePages => libc::MADV_HUGEPAGE,
+        MemoryAdvice::Mergeable => libc::MADV_MERGEABLE,
+        MemoryAdvice::DontDump => libc::MADV_DONTDUMP,
+        MemoryAdvice::Populate => libc::MADV_POPULATE_WRITE,
+    };
+    // SAFETY: none of the advice above changes what the memory holds or whether it is mapped.
+    if unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(address), len, advice) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// What [`advise`] may tell the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryAdvice {
+    /// Back it by transparent huge pages.
+    HugePages,
+    /// Let KSM merge equal pages.
+    Mergeable,
+    /// Keep it out of core dumps.
+    DontDump,
+    /// Allocate every page now.
+    Populate,
+}
+
+/// Makes every file and socket this process creates private to its user.
+pub fn private_umask() {
+    // SAFETY: umask has no preconditions and cannot fail.
+    unsafe { libc::umask(0o077) };
+}
+
+/// Makes a write to a closed pipe or socket an error rather than the end of the process.
+pub fn ignore_sigpipe() {
+    // SAFETY: SIG_IGN is a valid disposition for SIGPIPE.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
+/// A descriptor that reports signals as readable data (`signalfd(2)`); the signals are blocked from then on, in this
+/// thread and in those it starts.
+#[derive(Debug)]
+pub struct SignalFd(OwnedFd);
+
+impl SignalFd {
+    /// Blocks `signals` and opens the descriptor.
+    ///
+    /// # Errors
+    /// As the system calls.
+    pub fn new(signals: &[libc::c_int]) -> io::Result<Self> {
+        let set = vmm_sys_util::signal::create_sigset(signals).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        // SAFETY: `set` is a valid signal set; no old set is asked for.
+        let rc = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+        if rc != 0 {
+            return Err(io::Error::from_raw_os_error(rc));
+        }
+        // SAFETY: `set` is a valid signal set; -1 asks for a new descriptor.
+        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given us this descriptor and nobody else holds it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// The number of the next pending signal, if there is one.
+    #[must_use]
+    pub fn next(&self) -> Option<libc::c_int> {
+        let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::zeroed();
+        let size = size_of::<libc::signalfd_siginfo>();
+        // SAFETY: the buffer is `size` bytes long and ours.
+        let n = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) };
+        if usize::try_from(n) != Ok(size) {
+            return None;
+        }
+        // SAFETY: the kernel filled the whole structure, which is plain data.
+        let number = unsafe { info.assume_init() }.ssi_signo;
+        libc::c_int::try_from(number).ok()
+    }
+}
+
+impl AsRawFd for SignalFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Whether a write to `fd` would not block now.
+#[must_use]
+pub fn writable(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd; a timeout of zero returns at once.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLOUT != 0 }
+}
+
+/// The peak resident set of this process in KiB.
+#[must_use]
+pub fn peak_rss_kib() -> u64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: `usage` is a valid buffer for the structure.
+    if unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) } != 0 {
+        return 0;
+    }
+    // SAFETY: the call succeeded and filled the structure, which is plain data.
+    u64::try_from(unsafe { usage.assume_init() }.ru_maxrss).unwrap_or(0)
+}

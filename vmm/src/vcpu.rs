@@ -1,0 +1,374 @@
+//! vCPU threads: one a vCPU, named `vcpu0`, `vcpu1`, … (the shims read these names). A thread enters the guest and
+//! serves what makes it leave: port I/O, MMIO, MSRs. Whatever the guest does, the thread goes on, parks, or ends with
+//! a reason told to the control loop; it never panics.
+
+mod kick;
+mod run_page;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use podvisor_snp::processor::{MsrOutcome, Processor};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// What answers the guest's port I/O and MMIO. A device lock is held for one access at most.
+pub trait GuestIo: Send + Sync {
+    /// IN.
+    fn pio_read(&self, port: u16, data: &mut [u8]);
+    /// OUT.
+    fn pio_write(&self, port: u16, data: &[u8]);
+    /// A read of unbacked guest memory.
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]);
+    /// A write to unbacked guest memory.
+    fn mmio_write(&self, gpa: u64, data: &[u8]);
+}
+
+/// Why the pod stopped, or what it asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodExit {
+    /// It powered itself off.
+    Shutdown,
+    /// It asked for a reset, or triple-faulted.
+    Reset,
+    /// A confidential guest asked to be terminated.
+    Terminated {
+        /// Reason code set (GHCB 2.3.1; 1 is Linux's).
+        set: u8,
+        /// Reason code.
+        code: u8,
+    },
+    /// It cannot go on.
+    Failed(String),
+}
+
+/// Tells the control loop that the pod stopped. The first reason counts.
+#[derive(Debug)]
+pub struct ExitSignal {
+    reason: Mutex<Option<PodExit>>,
+    fd: EventFd,
+}
+
+impl ExitSignal {
+    /// A signal not yet given.
+    ///
+    /// # Errors
+    /// When no descriptor can be had.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            reason: Mutex::new(None),
+            fd: EventFd::new(EFD_NONBLOCK)?,
+        })
+    }
+
+    /// Gives the reason.
+    pub fn give(&self, reason: PodExit) {
+        lock(&self.reason).get_or_insert(reason);
+        // A full counter is a signal already.
+        let _ = self.fd.write(1);
+    }
+
+    /// Takes the reason, if one was given.
+    pub fn take(&self) -> Option<PodExit> {
+        let _ = self.fd.read();
+        lock(&self.reason).take()
+    }
+
+    /// Readable when a reason was given.
+    #[must_use]
+    pub fn fd(&self) -> &EventFd {
+        &self.fd
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Run,
+    Pause,
+    Stop,
+}
+
+struct Control {
+    wish: Mutex<Wish>,
+    changed: Condvar,
+    /// Threads that wait for the wish to change, or have ended.
+    parked: Mutex<usize>,
+    parked_changed: Condvar,
+    /// A quick look for the run loop: the wish is not Run.
+    interrupt: AtomicBool,
+}
+
+/// What every vCPU thread of a pod works with.
+#[derive(Clone)]
+pub struct VcpuContext {
+    /// Answers I/O.
+    pub io: Arc<dyn GuestIo>,
+    /// Answers MSRs of a confidential pod.
+    pub processor: Option<Arc<dyn Processor>>,
+    /// Hears why the pod stopped.
+    pub exit: Arc<ExitSignal>,
+}
+
+/// The running vCPUs of a pod; dropping them stops them.
+pub struct Vcpus {
+    control: Arc<Control>,
+    threads: Vec<JoinHandle<()>>,
+    paused: bool,
+}
+
+/// Small: the loop is shallow, and a pod may have many vCPUs.
+const STACK: usize = 256 << 10;
+
+impl Vcpus {
+    /// Starts a thread for each of `fds`. Returns when all of them exist under their names and are about to run.
+    ///
+    /// # Errors
+    /// When a thread cannot be had; those already started are stopped.
+    pub fn start(fds: Vec<VcpuFd>, context: &VcpuContext) -> io::Result<Self> {
+        kick::install()?;
+        let control = Arc::new(Control {
+            wish: Mutex::new(Wish::Pause),
+            changed: Condvar::new(),
+            parked: Mutex::new(0),
+            parked_changed: Condvar::new(),
+            interrupt: AtomicBool::new(true),
+        });
+        let mut vcpus = Self {
+            control,
+            threads: Vec::with_capacity(fds.len()),
+            paused: true,
+        };
+        for (index, fd) in (0u32..).zip(fds) {
+            let control = Arc::clone(&vcpus.control);
+            let vcpu = Vcpu {
+                index,
+                fd,
+                context: context.clone(),
+            };
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(STACK)
+                .spawn(move || vcpu.run(&control))?;
+            vcpus.threads.push(thread);
+        }
+        vcpus.wait_parked();
+        vcpus.resume();
+        Ok(vcpus)
+    }
+
+    /// Stops the guest where it is; returns when no vCPU runs.
+    pub fn pause(&mut self) {
+        self.want(Wish::Pause);
+        self.wait_parked();
+        self.paused = true;
+    }
+
+    /// Lets a paused guest go on.
+    pub fn resume(&mut self) {
+        self.want(Wish::Run);
+        self.paused = false;
+    }
+
+    /// Whether the guest is paused.
+    #[must_use]
+    pub fn paused(&self) -> bool {
+        self.paused
+    }
+
+    fn want(&self, wish: Wish) {
+        let mut current = lock(&self.control.wish);
+        *current = wish;
+        self.control.interrupt.store(wish != Wish::Run, Ordering::SeqCst);
+        drop(current);
+        self.control.changed.notify_all();
+        if wish != Wish::Run {
+            for thread in &self.threads {
+                kick::kick(thread);
+            }
+        }
+    }
+
+    fn wait_parked(&self) {
+        let mut parked = lock(&self.control.parked);
+        while *parked < self.threads.len() {
+            parked = self
+                .control
+                .parked_changed
+                .wait(parked)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.want(Wish::Stop);
+        for thread in self.threads.drain(..) {
+            // A panicking thread has been reported by its own message.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Control {
+    fn park(&self, by: isize) {
+        let mut parked = lock(&self.parked);
+        *parked = parked.saturating_add_signed(by);
+        drop(parked);
+        self.parked_changed.notify_all();
+    }
+
+    /// Waits while the wish is to pause. False: stop.
+    fn may_run(&self) -> bool {
+        if !self.interrupt.load(Ordering::SeqCst) {
+            return true;
+        }
+        let mut wish = lock(&self.wish);
+        if *wish == Wish::Pause {
+            self.park(1);
+            while *wish == Wish::Pause {
+                wish = self.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.park(-1);
+        }
+        *wish == Wish::Run
+    }
+
+    /// The thread is done with its guest but not told to end: it counts as parked until then.
+    fn wait_for_stop(&self) {
+        self.park(1);
+        let mut wish = lock(&self.wish);
+        while *wish != Wish::Stop {
+            wish = self.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+struct Vcpu {
+    index: u32,
+    fd: VcpuFd,
+    context: VcpuContext,
+}
+
+/// What the run loop does next.
+enum Next {
+    Go,
+    /// Look at the wish.
+    Interrupted,
+    End(PodExit),
+}
+
+impl Vcpu {
+    fn run(mut self, control: &Control) {
+        let kickable = kick::Kickable::new(&mut self.fd);
+        while control.may_run() {
+            match self.step() {
+                Next::Go => {}
+                Next::Interrupted => self.fd.set_kvm_immediate_exit(0),
+                Next::End(reason) => {
+                    tracing::debug!(vcpu = self.index, ?reason, "the guest ended");
+                    self.context.exit.give(reason);
+                    control.wait_for_stop();
+                    break;
+                }
+            }
+        }
+        drop(kickable);
+    }
+
+    fn step(&mut self) -> Next {
+        let exit = match self.fd.run() {
+            Ok(exit) => exit,
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return Next::Interrupted,
+            Err(e) => return Next::End(PodExit::Failed(format!("KVM_RUN of vCPU {}: {e}", self.index))),
+        };
+        match exit {
+            VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => {
+                let io = &self.context.io;
+                run_page::for_each_pio(&mut self.fd, |access| match access {
+                    run_page::Pio::In(port, data) => io.pio_read(port, data),
+                    run_page::Pio::Out(port, data) => io.pio_write(port, data),
+                });
+                Next::Go
+            }
+            VcpuExit::MmioRead(gpa, data) => {
+                self.context.io.mmio_read(gpa, data);
+                Next::Go
+            }
+            VcpuExit::MmioWrite(gpa, data) => {
+                self.context.io.mmio_write(gpa, data);
+                Next::Go
+            }
+            VcpuExit::X86Rdmsr(exit) => {
+                match read_msr(self.context.processor.as_deref(), self.index, exit.index) {
+                    MsrOutcome::Value(value) => *exit.data = value,
+                    MsrOutcome::Fault => *exit.error = 1,
+                    MsrOutcome::Terminate { set, code } => return Next::End(PodExit::Terminated { set, code }),
+                }
+                Next::Go
+            }
+            VcpuExit::X86Wrmsr(exit) => {
+                match write_msr(self.context.processor.as_deref(), self.index, exit.index, exit.data) {
+                    MsrOutcome::Value(_) => {}
+                    MsrOutcome::Fault => *exit.error = 1,
+                    MsrOutcome::Terminate { set, code } => return Next::End(PodExit::Terminated { set, code }),
+                }
+                Next::Go
+            }
+            VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => Next::Interrupted,
+            VcpuExit::Shutdown => {
+                tracing::warn!(vcpu = self.index, "the guest triple-faulted");
+                Next::End(PodExit::Reset)
+            }
+            VcpuExit::SystemEvent(kind, data) => Next::End(system_event(kind, data)),
+            other => {
+                let what = format!("{other:?}");
+                Next::End(PodExit::Failed(self.refused(&what)))
+            }
+        }
+    }
+
+    /// Words for an exit that cannot be served.
+    fn refused(&mut self, exit: &str) -> String {
+        let index = self.index;
+        let suberror = run_page::internal_error(&mut self.fd);
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        match suberror {
+            0 => format!("vCPU {index} left the guest at {rip:#x} with {exit}, which this monitor cannot serve"),
+            1 => format!("vCPU {index}: KVM cannot emulate the instruction at {rip:#x}"),
+            n => format!("vCPU {index}: KVM internal error {n} at {rip:#x}"),
+        }
+    }
+}
+
+fn read_msr(processor: Option<&dyn Processor>, vcpu: u32, msr: u32) -> MsrOutcome {
+    processor.map_or(MsrOutcome::Fault, |p| p.read_msr(vcpu, msr))
+}
+
+fn write_msr(processor: Option<&dyn Processor>, vcpu: u32, msr: u32, value: u64) -> MsrOutcome {
+    processor.map_or(MsrOutcome::Fault, |p| p.write_msr(vcpu, msr, value))
+}
+
+fn system_event(kind: u32, data: &[u64]) -> PodExit {
+    match kind {
+        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => PodExit::Shutdown,
+        kvm_bindings::KVM_SYSTEM_EVENT_RESET => PodExit::Reset,
+        kvm_bindings::KVM_SYSTEM_EVENT_SEV_TERM => {
+            let [_, second, third, ..] = data.first().copied().unwrap_or(0).to_le_bytes();
+            PodExit::Terminated {
+                set: second >> 4,
+                code: third,
+            }
+        }
+        other => PodExit::Failed(format!("KVM reported system event {other}")),
+    }
+}
+
+#[cfg(test)]
+mod tests;
