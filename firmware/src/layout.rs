@@ -100,3 +100,73 @@ pub const PCI_CONFIG_IO_PORT: u16 = 0xCF8;
 pub const FIRST_MSI_GSI: u32 = 24;
 /// PCI slots of a segment.
 pub const PCI_SLOTS: u8 = 32;
+
+/// The part of the guest physical address space that holds 64-bit MMIO and, at its top, the ACPI devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceArea {
+    /// Start of the 64-bit MMIO window; RAM must end at or below it.
+    pub mmio_start: u64,
+    /// End of the 64-bit MMIO window.
+    pub mmio_end: u64,
+    /// GED event byte.
+    pub ged: u64,
+    /// CPU hotplug controller.
+    pub cpu_hotplug: u64,
+    /// PCI hotplug controller.
+    pub pci_hotplug: u64,
+}
+
+/// Where devices are in a guest of `phys_bits` physical address bits (36 to 52; others count as the nearest). From
+/// 43 bits on it is what the constants of this file say; a smaller address space has the same area below its own
+/// top, and its window starts at half of the space.
+#[must_use]
+pub fn device_area(phys_bits: u8) -> DeviceArea {
+    const BAKED_BITS: u8 = 43;
+    let bits = phys_bits.clamp(36, BAKED_BITS);
+    let top = 1u64 << bits;
+    let lowered = (1u64 << BAKED_BITS) - top;
+    DeviceArea {
+        mmio_start: MEM_64BIT_DEVICES_START.min(top / 2),
+        // The ACPI devices are in the last 128 KiB.
+        mmio_end: top - (128 << 10),
+        ged: GED_START - lowered,
+        cpu_hotplug: CPU_HOTPLUG_START - lowered,
+        pci_hotplug: PCI_HOTPLUG_START - lowered,
+    }
+}
+
+impl DeviceArea {
+    /// How many PCI segments of [`MEM_64BIT_SEGMENT_SIZE`] fit.
+    #[must_use]
+    pub fn max_segments(&self) -> u64 {
+        (self.mmio_end - self.mmio_start) / MEM_64BIT_SEGMENT_SIZE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wide_address_spaces_have_the_baked_addresses() {
+        for bits in [43, 44, 48, 52, 255] {
+            let area = device_area(bits);
+            assert_eq!(area.mmio_start, MEM_64BIT_DEVICES_START);
+            assert_eq!(
+                (area.ged, area.cpu_hotplug, area.pci_hotplug),
+                (GED_START, CPU_HOTPLUG_START, PCI_HOTPLUG_START)
+            );
+            assert!(area.max_segments() >= 16);
+        }
+    }
+
+    #[test]
+    fn narrow_ones_have_everything_below_their_top() {
+        for bits in 36..43 {
+            let area = device_area(bits);
+            assert!(area.pci_hotplug + PCI_HOTPLUG_SIZE < 1 << bits, "{bits}");
+            assert!(area.mmio_end <= area.ged && area.mmio_start < area.mmio_end && area.mmio_start > RAM_64BIT_START);
+            assert!(area.max_segments() >= 1);
+        }
+    }
+}

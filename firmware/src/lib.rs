@@ -4,7 +4,12 @@
 //! in the monitor (plain).
 #![forbid(unsafe_code)]
 
+pub mod acpi;
 pub mod igvm;
 pub mod layout;
+pub mod linux;
+pub mod machine;
+pub mod memory_map;
+pub mod parameters;
 pub mod plan;
 pub mod vmsa;
