@@ -6,6 +6,7 @@
 
 pub mod acpi;
 pub mod igvm;
+pub mod inspect;
 pub mod layout;
 pub mod linux;
 pub mod machine;

@@ -9,7 +9,7 @@ mod native;
 mod pages;
 mod read;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use build::{BuildError, BuildOptions, FormatVersion, build};
 pub use error::{IgvmError, Reason};
