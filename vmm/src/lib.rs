@@ -5,5 +5,6 @@ pub mod cpuid;
 pub mod kvm;
 pub mod logging;
 pub mod memory;
+pub mod pod_image;
 pub mod sys;
 pub mod vcpu;
