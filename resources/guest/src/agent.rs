@@ -24,7 +24,12 @@ enum Task {
     /// Echoing.
     Echo(u64),
     /// Sending a pattern over another stream.
-    Dial { stream: Id, total: u64, left: u64, pattern: Pattern },
+    Dial {
+        stream: Id,
+        total: u64,
+        left: u64,
+        pattern: Pattern,
+    },
 }
 
 /// The agent's own view of a command stream.
@@ -55,7 +60,11 @@ impl Agent {
     /// An agent for `pod`, over `vsock`.
     #[must_use]
     pub fn new(pod: Pod, vsock: Vsock) -> Self {
-        Self { pod, vsock, sessions: Vec::new() }
+        Self {
+            pod,
+            vsock,
+            sessions: Vec::new(),
+        }
     }
 
     /// Serves for ever; the pod's end is a command. Returns only when the socket device is broken.
@@ -80,17 +89,30 @@ impl Agent {
                 _ => false,
             });
             if !dialled && !stream.is_shut() && !self.sessions.iter().any(|session| session.id == stream.id) {
-                self.sessions.push(Session { id: stream.id, task: Task::Line });
+                self.sessions.push(Session {
+                    id: stream.id,
+                    task: Task::Line,
+                });
             }
         }
         // A dialled stream whose caller is gone ends by itself once the host answers the shutdown.
         let known: Vec<Id> = self.sessions.iter().map(|session| session.id).collect();
         let ended = |stream: &&Stream| stream.state == State::Gone && !known.contains(&stream.id);
-        let dialled: Vec<Id> = self.sessions.iter().filter_map(|session| match &session.task {
-            Task::Dial { stream, .. } => Some(*stream),
-            _ => None,
-        }).collect();
-        let ended: Vec<Id> = self.vsock.streams.iter().filter(ended).map(|stream| stream.id).collect();
+        let dialled: Vec<Id> = self
+            .sessions
+            .iter()
+            .filter_map(|session| match &session.task {
+                Task::Dial { stream, .. } => Some(*stream),
+                _ => None,
+            })
+            .collect();
+        let ended: Vec<Id> = self
+            .vsock
+            .streams
+            .iter()
+            .filter(ended)
+            .map(|stream| stream.id)
+            .collect();
         for id in ended.into_iter().filter(|id| !dialled.contains(id)) {
             self.vsock.remove(id);
         }
@@ -126,7 +148,9 @@ impl Agent {
             Task::Skip => {
                 let found = stream.received.iter().position(|byte| *byte == b'\n');
                 let any = !stream.received.is_empty();
-                stream.received.drain(..found.map_or(stream.received.len(), |at| at + 1));
+                stream
+                    .received
+                    .drain(..found.map_or(stream.received.len(), |at| at + 1));
                 if found.is_some() {
                     session.task = Task::Line;
                 }
@@ -156,7 +180,12 @@ impl Agent {
         if stream.send_room() == 0 {
             return false;
         }
-        let Some(end) = stream.received.iter().take(MAX_LINE + 1).position(|byte| *byte == b'\n') else {
+        let Some(end) = stream
+            .received
+            .iter()
+            .take(MAX_LINE + 1)
+            .position(|byte| *byte == b'\n')
+        else {
             if stream.received.len() > MAX_LINE {
                 answer(stream, "err the line is too long");
                 session.task = Task::Skip;
@@ -200,7 +229,10 @@ impl Agent {
     fn leave(&mut self, id: Id, reset: bool) {
         loop {
             self.vsock.poll();
-            let sent = self.vsock.stream(id).is_none_or(|stream| stream.state == State::Gone || stream.unsent.is_empty());
+            let sent = self
+                .vsock
+                .stream(id)
+                .is_none_or(|stream| stream.state == State::Gone || stream.unsent.is_empty());
             if sent && self.vsock.all_sent() || self.vsock.broken() {
                 break;
             }
@@ -210,7 +242,17 @@ impl Agent {
     }
 
     fn dial(&mut self, at: usize) -> bool {
-        let Some(Session { id, task: Task::Dial { stream, total, left, pattern } }) = self.sessions.get_mut(at) else {
+        let Some(Session {
+            id,
+            task:
+                Task::Dial {
+                    stream,
+                    total,
+                    left,
+                    pattern,
+                },
+        }) = self.sessions.get_mut(at)
+        else {
             return false;
         };
         let Some(dialled) = self.vsock.stream(*stream) else {
@@ -269,7 +311,12 @@ impl Agent {
                 let port = u32::try_from(number(port)?).map_err(|_| "the port is too large")?;
                 let (total, pattern) = (number(count)?, Pattern::new(number(seed)?));
                 let stream = self.vsock.connect(port)?;
-                Ok(Next::Task(Task::Dial { stream, total, left: total, pattern }))
+                Ok(Next::Task(Task::Dial {
+                    stream,
+                    total,
+                    left: total,
+                    pattern,
+                }))
             }
             (b"fs-walk", []) => {
                 let files = fs::walk(self.pod.fs()?)?;
@@ -301,7 +348,10 @@ impl Agent {
             }
             (b"report", [data]) => {
                 let report = self.pod.report(&unhex(data)?)?;
-                say(out, format!("ok report={} certs={}", hex(&report.report), hex(&report.certificates)))
+                say(
+                    out,
+                    format!("ok report={} certs={}", hex(&report.report), hex(&report.certificates)),
+                )
             }
             (b"probe-private", [seed, device]) => {
                 let accessed = self.probe(number(seed)?, device)?;
@@ -323,7 +373,11 @@ impl Agent {
         match (name, words) {
             (b"blk-info", []) => {
                 let id = blk.id()?;
-                Ok(format!("ok sectors={} readonly={} id={id}", blk.sectors(), u8::from(blk.read_only())))
+                Ok(format!(
+                    "ok sectors={} readonly={} id={id}",
+                    blk.sectors(),
+                    u8::from(blk.read_only())
+                ))
             }
             (b"blk-write", [sector, count, seed]) => {
                 let count = sectors(count)?;
@@ -383,17 +437,27 @@ fn answer(stream: &mut Stream, text: &str) {
 fn number(word: &[u8]) -> Result<u64, String> {
     let digits = !word.is_empty() && word.iter().all(u8::is_ascii_digit);
     let text = core::str::from_utf8(word).ok().filter(|_| digits);
-    text.and_then(|text| text.parse().ok()).ok_or_else(|| String::from("not a decimal number of 64 bits"))
+    text.and_then(|text| text.parse().ok())
+        .ok_or_else(|| String::from("not a decimal number of 64 bits"))
 }
 
 fn sectors(word: &[u8]) -> Result<u64, String> {
-    number(word).and_then(|count| if count < SECTOR_LIMIT { Ok(count) } else { Err(String::from("too many sectors")) })
+    number(word).and_then(|count| {
+        if count < SECTOR_LIMIT {
+            Ok(count)
+        } else {
+            Err(String::from("too many sectors"))
+        }
+    })
 }
 
 fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let digit = |value: u8| DIGITS.get(usize::from(value)).copied().map_or('?', char::from);
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+    bytes
+        .iter()
+        .flat_map(|byte| [digit(byte >> 4), digit(byte & 15)])
+        .collect()
 }
 
 fn unhex(text: &[u8]) -> Result<[u8; 64], String> {

@@ -85,10 +85,18 @@ impl Blk {
         let mut slots = Vec::new();
         for index in 0..IN_FLIGHT {
             let data = window.take(BUFFER).ok_or("the shared window is used up")?;
-            slots.push(Slot { head: heads.part(index * 128, 128), data });
+            slots.push(Slot {
+                head: heads.part(index * 128, 128),
+                data,
+            });
         }
         let sectors = u64::from(device.config(4)) << 32 | u64::from(device.config(0));
-        Ok(Self { device, queue, slots, sectors })
+        Ok(Self {
+            device,
+            queue,
+            slots,
+            sectors,
+        })
     }
 
     /// Capacity in sectors.
@@ -144,7 +152,11 @@ impl Blk {
         let mut bytes = [0; 20];
         data.read(0, &mut bytes);
         let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-        Ok(text.iter().filter(|byte| byte.is_ascii_graphic()).map(|byte| char::from(*byte)).collect())
+        Ok(text
+            .iter()
+            .filter(|byte| byte.is_ascii_graphic())
+            .map(|byte| char::from(*byte))
+            .collect())
     }
 
     /// Runs `count` sectors through the slots, in order; `fill` prepares a buffer, `drain` takes one that is done.
@@ -167,7 +179,10 @@ impl Blk {
                 let slot = self.slot(index)?;
                 let data = slot.data.part(0, BUFFER.min(total - issued));
                 fill(data);
-                slot.prepare(if write { kind::OUT } else { kind::IN }, sector + (issued / SECTOR) as u64);
+                slot.prepare(
+                    if write { kind::OUT } else { kind::IN },
+                    sector + (issued / SECTOR) as u64,
+                );
                 let piece = if write { Piece::In(data) } else { Piece::Out(data) };
                 let token = self.submit(&slot, Some(piece))?;
                 tokens.get_mut(index).map(|place| place.replace(token));
@@ -220,7 +235,11 @@ impl Blk {
     }
 
     fn flush(&mut self) -> Result<(), &'static str> {
-        if self.device.has(feature::FLUSH) { self.one(kind::FLUSH, 0, None) } else { Ok(()) }
+        if self.device.has(feature::FLUSH) {
+            self.one(kind::FLUSH, 0, None)
+        } else {
+            Ok(())
+        }
     }
 
     /// SHA-256 of `count` sectors.
@@ -259,7 +278,10 @@ impl Blk {
     /// # Errors
     /// When the device does not work otherwise.
     pub fn probe(&mut self, page: Shared) -> Result<bool, &'static str> {
-        let last = self.sectors.checked_sub((PAGE / SECTOR) as u64).ok_or("the disk is too small")?;
+        let last = self
+            .sectors
+            .checked_sub((PAGE / SECTOR) as u64)
+            .ok_or("the disk is too small")?;
         let written = self.one(kind::IN, last, Some(Piece::Out(page))).is_ok();
         let keep = self.slot(1)?.data.part(0, PAGE);
         self.one(kind::IN, last, Some(Piece::Out(keep)))?;

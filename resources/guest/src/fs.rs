@@ -80,9 +80,18 @@ fn list(client: &mut Client, nodes: &mut Vec<u64>) -> Result<Vec<File>, &'static
             if entry.node.is_directory() {
                 directories.push((entry.node.id, full));
             } else if entry.node.is_file() {
-                files.push(File { node: entry.node.id, size: entry.node.size, path: full, hash: [0; 32] });
+                files.push(File {
+                    node: entry.node.id,
+                    size: entry.node.size,
+                    path: full,
+                    hash: [0; 32],
+                });
             }
-            if files.len() + directories.len() > MAX_FILES { Err("too many files") } else { Ok(()) }
+            if files.len() + directories.len() > MAX_FILES {
+                Err("too many files")
+            } else {
+                Ok(())
+            }
         });
         client.call(Op::ReleaseDir, node, &words(&[handle, 0, 0]), &mut [])?;
         outcome?;
@@ -179,13 +188,15 @@ impl<'c> Pipeline<'c> {
                 }
             };
             if let (Some(handle), Some(file)) = (handle, self.files.get(opening.file)) {
-                self.client.call(Op::Release, file.node, &words(&[handle, 0, 0]), &mut [])?;
+                self.client
+                    .call(Op::Release, file.node, &words(&[handle, 0, 0]), &mut [])?;
             }
         }
         while let Some(reading) = self.reading.pop_front() {
             self.client.finish(reading.ticket)?;
             if let (Some(handle), Some(file)) = (reading.last, self.files.get(reading.file)) {
-                self.client.call(Op::Release, file.node, &words(&[handle, 0, 0]), &mut [])?;
+                self.client
+                    .call(Op::Release, file.node, &words(&[handle, 0, 0]), &mut [])?;
             }
         }
         for ticket in self.releasing {
@@ -226,7 +237,12 @@ impl<'c> Pipeline<'c> {
                 file.hash = Sha256::digest([]).into();
             } else {
                 let ticket = self.client.send(Op::Open, file.node, &[&[0; 8]], Data::None)?;
-                self.opening.push_back(Opening { file: self.next, ticket, handle: None, issued: 0 });
+                self.opening.push_back(Opening {
+                    file: self.next,
+                    ticket,
+                    handle: None,
+                    issued: 0,
+                });
             }
             self.next += 1;
         }
@@ -254,7 +270,11 @@ impl<'c> Pipeline<'c> {
 
     fn read_ahead(&mut self) -> Result<(), &'static str> {
         while self.client.can_send() {
-            let Some((opening, handle)) = self.opening.front_mut().and_then(|o| o.handle.map(|handle| (o, handle))) else {
+            let Some((opening, handle)) = self
+                .opening
+                .front_mut()
+                .and_then(|o| o.handle.map(|handle| (o, handle)))
+            else {
                 break;
             };
             let (Some(file), Some(index)) = (self.files.get(opening.file), self.free.pop()) else {
@@ -263,10 +283,18 @@ impl<'c> Pipeline<'c> {
             let len = (file.size - opening.issued).min(MAX_IO as u64) as usize;
             let buffer = self.client.buffer(index)?.part(0, len);
             let arguments = words(&[handle, opening.issued, pair(len as u32, 0), 0, 0]);
-            let ticket = self.client.send(Op::Read, file.node, &[&arguments], Data::Into(buffer))?;
+            let ticket = self
+                .client
+                .send(Op::Read, file.node, &[&arguments], Data::Into(buffer))?;
             opening.issued += len as u64;
             let last = (opening.issued == file.size).then_some(handle);
-            self.reading.push_back(Reading { file: opening.file, ticket, buffer: index, len, last });
+            self.reading.push_back(Reading {
+                file: opening.file,
+                ticket,
+                buffer: index,
+                len,
+                last,
+            });
             if last.is_some() {
                 self.opening.pop_front();
             }
@@ -298,7 +326,8 @@ impl<'c> Pipeline<'c> {
         if let Some(handle) = reading.last {
             file.hash = self.hash.finalize_reset().into();
             let arguments = words(&[handle, 0, 0]);
-            self.releasing.push(self.client.send(Op::Release, file.node, &[&arguments], Data::None)?);
+            self.releasing
+                .push(self.client.send(Op::Release, file.node, &[&arguments], Data::None)?);
         }
         outcome
     }
@@ -306,7 +335,11 @@ impl<'c> Pipeline<'c> {
 
 /// Looks a path up, from the root. Every node on the way is forgotten again except the last.
 fn lookup(client: &mut Client, path: &[u8]) -> Result<Node, &'static str> {
-    let mut node = Node { id: ROOT, size: 0, mode: 0o040_755 };
+    let mut node = Node {
+        id: ROOT,
+        size: 0,
+        mode: 0o040_755,
+    };
     for name in path.split(|byte| *byte == b'/').filter(|name| !name.is_empty()) {
         if matches!(name, b"." | b"..") {
             return Err("a path may not hold . or ..");
@@ -330,7 +363,12 @@ fn lookup(client: &mut Client, path: &[u8]) -> Result<Node, &'static str> {
 /// As the server answers.
 pub fn read(client: &mut Client, path: &[u8]) -> Result<File, &'static str> {
     let node = lookup(client, path)?;
-    let mut files = [File { node: node.id, size: node.size, path: path.to_vec(), hash: [0; 32] }];
+    let mut files = [File {
+        node: node.id,
+        size: node.size,
+        path: path.to_vec(),
+        hash: [0; 32],
+    }];
     let outcome = if node.is_file() {
         Pipeline::new(client, &mut files).run()
     } else {
@@ -349,7 +387,10 @@ pub fn read(client: &mut Client, path: &[u8]) -> Result<File, &'static str> {
 /// As the server answers.
 pub fn write(client: &mut Client, path: &[u8], len: u64, seed: u64) -> Result<(), &'static str> {
     let (parent, name) = match path.iter().rposition(|byte| *byte == b'/') {
-        Some(at) => (path.get(..at).unwrap_or_default(), path.get(at + 1..).unwrap_or_default()),
+        Some(at) => (
+            path.get(..at).unwrap_or_default(),
+            path.get(at + 1..).unwrap_or_default(),
+        ),
         None => (&[][..], path),
     };
     if matches!(name, b"" | b"." | b"..") {

@@ -53,13 +53,19 @@ impl Reply<'_> {
     /// A u32.
     #[must_use]
     pub fn u32(&self, at: usize) -> u32 {
-        self.0.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+        self.0
+            .get(at..)
+            .and_then(<[u8]>::first_chunk)
+            .map_or(0, |bytes| u32::from_le_bytes(*bytes))
     }
 
     /// A u64.
     #[must_use]
     pub fn u64(&self, at: usize) -> u64 {
-        self.0.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        self.0
+            .get(at..)
+            .and_then(<[u8]>::first_chunk)
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes))
     }
 }
 
@@ -79,7 +85,11 @@ impl Node {
     #[must_use]
     pub fn parse(entry: &[u8]) -> Self {
         let entry = Reply(entry);
-        Self { id: entry.u64(0), size: entry.u64(48), mode: entry.u32(100) }
+        Self {
+            id: entry.u64(0),
+            size: entry.u64(48),
+            mode: entry.u32(100),
+        }
     }
 
     /// Whether it is a directory.
@@ -113,8 +123,15 @@ pub fn entries(mut reply: &[u8]) -> impl Iterator<Item = DirEntry<'_>> {
         let head = reply.get(..ENTRY_LEN + DIRENT)?;
         let fields = Reply(head);
         let len = fields.u32(ENTRY_LEN + 16) as usize;
-        let name = reply.get(ENTRY_LEN + DIRENT..)?.get(..len).filter(|name| !name.is_empty())?;
-        let entry = DirEntry { node: Node::parse(head), offset: fields.u64(ENTRY_LEN + 8), name };
+        let name = reply
+            .get(ENTRY_LEN + DIRENT..)?
+            .get(..len)
+            .filter(|name| !name.is_empty())?;
+        let entry = DirEntry {
+            node: Node::parse(head),
+            offset: fields.u64(ENTRY_LEN + 8),
+            name,
+        };
         let next = (ENTRY_LEN + DIRENT + len).next_multiple_of(8);
         reply = reply.get(next..).unwrap_or_default();
         Some(entry)
@@ -177,7 +194,12 @@ impl Client {
         device.go();
         let pages = window.take(SLOTS * PAGE).ok_or(full)?;
         let slots = (0..SLOTS)
-            .map(|index| Slot { page: pages.part(index * PAGE, PAGE), token: None, done: None, busy: false })
+            .map(|index| Slot {
+                page: pages.part(index * PAGE, PAGE),
+                token: None,
+                done: None,
+                busy: false,
+            })
             .collect();
         let mut buffers = Vec::new();
         for _ in 0..BUFFERS {
@@ -242,18 +264,26 @@ impl Client {
     /// # Errors
     /// When there is no room; never while [`Client::can_send`], if arguments are short.
     pub fn send(&mut self, op: Op, node: u64, arguments: &[&[u8]], data: Data) -> Result<Ticket, &'static str> {
-        let index = self.slots.iter().position(|slot| !slot.busy).ok_or("too many requests in flight")?;
+        let index = self
+            .slots
+            .iter()
+            .position(|slot| !slot.busy)
+            .ok_or("too many requests in flight")?;
         let page = self.slots.get(index).ok_or("no such slot")?.page;
         let extra = if let Data::From(data) = data { data.len() } else { 0 };
         let len = self.write_request(page, op, node, arguments, extra)?;
         let request = Piece::In(page.part(0, len));
         let header = Piece::Out(page.part(REPLY_AT, OUT_HEADER));
         let token = match data {
-            Data::None => self.requests.push(&[request, Piece::Out(page.part(REPLY_AT, PAGE - REPLY_AT))]),
+            Data::None => self
+                .requests
+                .push(&[request, Piece::Out(page.part(REPLY_AT, PAGE - REPLY_AT))]),
             Data::Into(into) => self.requests.push(&[request, header, Piece::Out(into)]),
-            Data::From(from) => {
-                self.requests.push(&[request, Piece::In(from), Piece::Out(page.part(REPLY_AT, PAGE - REPLY_AT))])
-            }
+            Data::From(from) => self.requests.push(&[
+                request,
+                Piece::In(from),
+                Piece::Out(page.part(REPLY_AT, PAGE - REPLY_AT)),
+            ]),
         };
         let slot = self.slots.get_mut(index).ok_or("no such slot")?;
         slot.token = Some(token.ok_or("the queue is full")?);
@@ -302,7 +332,10 @@ impl Client {
                 let plausible = (OUT_HEADER..=OUT_HEADER + MAX_IO).contains(&len) && used.len as usize >= OUT_HEADER;
                 const EIO: u32 = 5;
                 slot.done = Some(if plausible {
-                    Done { len: len - OUT_HEADER, error }
+                    Done {
+                        len: len - OUT_HEADER,
+                        error,
+                    }
                 } else {
                     Done { len: 0, error: EIO }
                 });
@@ -324,7 +357,8 @@ impl Client {
     pub fn reply(&self, ticket: Ticket, into: &mut [u8]) {
         if let Some(slot) = self.slots.get(ticket.0) {
             let count = into.len().min(PAGE - REPLY_AT - OUT_HEADER);
-            slot.page.read(REPLY_AT + OUT_HEADER, into.get_mut(..count).unwrap_or_default());
+            slot.page
+                .read(REPLY_AT + OUT_HEADER, into.get_mut(..count).unwrap_or_default());
         }
     }
 
@@ -336,7 +370,11 @@ impl Client {
         self.requests.kick();
         crate::idle::wait_for(&[&self.requests]);
         self.reap();
-        if self.requests.broken() { Err("the device broke its queue") } else { Ok(()) }
+        if self.requests.broken() {
+            Err("the device broke its queue")
+        } else {
+            Ok(())
+        }
     }
 
     /// Waits for a request and takes its answer.
@@ -375,7 +413,11 @@ impl Client {
         if node > ROOT {
             self.forgotten.push(node);
         }
-        if self.forgotten.len() >= BATCH { self.flush_forgets() } else { Ok(()) }
+        if self.forgotten.len() >= BATCH {
+            self.flush_forgets()
+        } else {
+            Ok(())
+        }
     }
 
     /// Sends the forgets that wait.
@@ -393,10 +435,16 @@ impl Client {
             arguments.extend_from_slice(&node.to_le_bytes());
             arguments.extend_from_slice(&1_u64.to_le_bytes());
         }
-        let index = self.slots.iter().position(|slot| !slot.busy).ok_or("too many requests in flight")?;
+        let index = self
+            .slots
+            .iter()
+            .position(|slot| !slot.busy)
+            .ok_or("too many requests in flight")?;
         let page = self.slots.get(index).ok_or("no such slot")?.page;
         let len = self.write_request(page, Op::BatchForget, 0, &[&arguments], 0)?;
-        self.priority.push(&[Piece::In(page.part(0, len))]).ok_or("the queue is full")?;
+        self.priority
+            .push(&[Piece::In(page.part(0, len))])
+            .ok_or("the queue is full")?;
         self.priority.wait().map(|_| ())
     }
 
@@ -406,19 +454,27 @@ impl Client {
     /// # Errors
     /// When the queue is broken.
     pub fn probe(&mut self, page: Shared) -> Result<bool, &'static str> {
-        let index = self.slots.iter().position(|slot| !slot.busy).ok_or("too many requests in flight")?;
+        let index = self
+            .slots
+            .iter()
+            .position(|slot| !slot.busy)
+            .ok_or("too many requests in flight")?;
         let own = self.slots.get(index).ok_or("no such slot")?.page;
         let mut kept = [0; IN_HEADER + 16];
         page.read(0, &mut kept);
         let len = self.write_request(page, Op::GetAttr, ROOT, &[&[0; 16]], 0)?;
         own.part(REPLY_AT, OUT_HEADER).clear();
         let reply = own.part(REPLY_AT, PAGE - REPLY_AT);
-        self.requests.push(&[Piece::In(page.part(0, len)), Piece::Out(reply)]).ok_or("the queue is full")?;
+        self.requests
+            .push(&[Piece::In(page.part(0, len)), Piece::Out(reply)])
+            .ok_or("the queue is full")?;
         self.requests.wait()?;
         let read = own.get::<u32>(REPLY_AT) as usize > OUT_HEADER && own.get::<u32>(REPLY_AT + 4) == 0;
         page.write(0, &kept);
         let len = self.write_request(own, Op::GetAttr, ROOT, &[&[0; 16]], 0)?;
-        self.requests.push(&[Piece::In(own.part(0, len)), Piece::Out(page)]).ok_or("the queue is full")?;
+        self.requests
+            .push(&[Piece::In(own.part(0, len)), Piece::Out(page)])
+            .ok_or("the queue is full")?;
         self.requests.wait()?;
         let _ = &self.device;
         Ok(read)
@@ -465,17 +521,28 @@ mod tests {
 
     #[test]
     fn directory_entries_are_read() {
-        let reply = [entry(5, 0o100_644, 77, 1, b"a"), entry(6, 0o040_755, 0, 2, b"directory")].concat();
+        let reply = [
+            entry(5, 0o100_644, 77, 1, b"a"),
+            entry(6, 0o040_755, 0, 2, b"directory"),
+        ]
+        .concat();
         let found: Vec<_> = entries(&reply).collect();
         assert_eq!(found.len(), 2);
-        assert_eq!((found[0].node.id, found[0].node.size, found[0].name, found[0].offset), (5, 77, &b"a"[..], 1));
+        assert_eq!(
+            (found[0].node.id, found[0].node.size, found[0].name, found[0].offset),
+            (5, 77, &b"a"[..], 1)
+        );
         assert!(found[0].node.is_file() && !found[0].node.is_directory());
         assert!(found[1].node.is_directory() && found[1].name == b"directory");
     }
 
     #[test]
     fn a_cut_or_lying_reply_ends_the_listing() {
-        let reply = [entry(5, 0o100_644, 77, 1, b"a"), entry(6, 0o100_644, 0, 2, b"bcdefghij")].concat();
+        let reply = [
+            entry(5, 0o100_644, 77, 1, b"a"),
+            entry(6, 0o100_644, 0, 2, b"bcdefghij"),
+        ]
+        .concat();
         for len in 0..reply.len() - 7 {
             assert!(entries(&reply[..len]).count() < 2);
         }

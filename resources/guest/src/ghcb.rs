@@ -133,7 +133,10 @@ fn vmgexit(exit: &Exit) -> Answer {
 ///
 /// # Errors
 /// When the hypervisor refuses.
-pub fn change_page_state(entries: impl ExactSizeIterator<Item = (u64, bool)>, private: bool) -> Result<(), &'static str> {
+pub fn change_page_state(
+    entries: impl ExactSizeIterator<Item = (u64, bool)>,
+    private: bool,
+) -> Result<(), &'static str> {
     let count = entries.len();
     if count == 0 || count > PSC_ENTRIES {
         return Err("page-state change of no or too many entries");
@@ -146,7 +149,11 @@ pub fn change_page_state(entries: impl ExactSizeIterator<Item = (u64, bool)>, pr
     }
     // The hypervisor may stop early and want to be called again; it may not do so for ever.
     for _ in 0..=count {
-        let answer = vmgexit(&Exit { code: 0x8000_0010, scratch: true, ..Exit::default() });
+        let answer = vmgexit(&Exit {
+            code: 0x8000_0010,
+            scratch: true,
+            ..Exit::default()
+        });
         if answer.info_1 != 0 || answer.info_2 != 0 {
             return Err("page-state change refused");
         }
@@ -163,7 +170,11 @@ pub fn change_page_state(entries: impl ExactSizeIterator<Item = (u64, bool)>, pr
 #[must_use]
 pub fn guest_request(request: Shared, response: Shared, certificates: Option<Shared>) -> Answer {
     vmgexit(&Exit {
-        code: if certificates.is_some() { 0x8000_0012 } else { 0x8000_0011 },
+        code: if certificates.is_some() {
+            0x8000_0012
+        } else {
+            0x8000_0011
+        },
         info_1: request.address(),
         info_2: response.address(),
         rax: certificates.map(|area| area.address()),
@@ -176,14 +187,26 @@ pub fn guest_request(request: Shared, response: Shared, certificates: Option<Sha
 #[must_use]
 pub fn mmio_read(address: u64, len: u64) -> u64 {
     page().set(offset::BUFFER, 0_u64);
-    let _ = vmgexit(&Exit { code: 0x8000_0001, info_1: address, info_2: len, scratch: true, ..Exit::default() });
+    let _ = vmgexit(&Exit {
+        code: 0x8000_0001,
+        info_1: address,
+        info_2: len,
+        scratch: true,
+        ..Exit::default()
+    });
     page().get(offset::BUFFER)
 }
 
 /// Writes a device register by exit (hardware).
 pub fn mmio_write(address: u64, len: u64, value: u64) {
     page().set(offset::BUFFER, value);
-    let _ = vmgexit(&Exit { code: 0x8000_0002, info_1: address, info_2: len, scratch: true, ..Exit::default() });
+    let _ = vmgexit(&Exit {
+        code: 0x8000_0002,
+        info_1: address,
+        info_2: len,
+        scratch: true,
+        ..Exit::default()
+    });
 }
 
 /// Writes a byte to an I/O port by exit (hardware; exit code IOIO).
@@ -191,5 +214,10 @@ pub fn port_write(port: u16, value: u8) {
     const IOIO: u64 = 0x7B;
     const BYTE_OUT: u64 = 1 << 4 | 1 << 9;
     let info_1 = u64::from(port) << 16 | BYTE_OUT;
-    let _ = vmgexit(&Exit { code: IOIO, info_1, rax: Some(u64::from(value)), ..Exit::default() });
+    let _ = vmgexit(&Exit {
+        code: IOIO,
+        info_1,
+        rax: Some(u64::from(value)),
+        ..Exit::default()
+    });
 }

@@ -56,7 +56,10 @@ static CONFIDENTIAL: AtomicBool = AtomicBool::new(false);
 /// The body. `heap` is the allocator, still empty.
 pub fn run(heap: &memory::Heap, start: &Start) -> ! {
     let outcome = boot(heap, start);
-    fail(format_args!("{}", outcome.err().unwrap_or("the socket device is broken")))
+    fail(format_args!(
+        "{}",
+        outcome.err().unwrap_or("the socket device is broken")
+    ))
 }
 
 fn boot(heap: &memory::Heap, start: &Start) -> Result<(), &'static str> {
@@ -93,7 +96,8 @@ fn boot(heap: &memory::Heap, start: &Start) -> Result<(), &'static str> {
     };
     let function = pod.function(pod::device_type::VSOCK).ok_or("no socket device")?;
     let vsock = vsock::Vsock::start(&function, &pod.tables, &pod.window, AGENT_PORT)?;
-    pod.functions.retain(|function| function.kind != pod::device_type::VSOCK);
+    pod.functions
+        .retain(|function| function.kind != pod::device_type::VSOCK);
     console::say(format_args!("ready"));
     agent::Agent::new(pod, vsock).serve();
     Ok(())

@@ -2,7 +2,10 @@
 //! from the first instruction to the body in the library. See `docs/pod-guest.md`.
 #![no_std]
 #![no_main]
-#![expect(unsafe_code, reason = "entry points, memory functions and the allocator of a bare-metal program")]
+#![expect(
+    unsafe_code,
+    reason = "entry points, memory functions and the allocator of a bare-metal program"
+)]
 
 use core::arch::{asm, global_asm};
 use core::panic::PanicInfo;
@@ -18,7 +21,14 @@ static HEAP: podguest::memory::Heap = podguest::memory::Heap::new();
 /// CPUID page.
 #[unsafe(no_mangle)]
 extern "C" fn ring3_start(platform: u32, emulated: u32, c_bit: u32) -> ! {
-    podguest::run(&HEAP, &Start { snp: platform == 1, emulated: emulated != 0, c_bit })
+    podguest::run(
+        &HEAP,
+        &Start {
+            snp: platform == 1,
+            emulated: emulated != 0,
+            c_bit,
+        },
+    )
 }
 
 /// An exception in ring 0 or 3 ends here: three words of its frame, the error code first where there is one.

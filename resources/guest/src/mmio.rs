@@ -4,9 +4,9 @@
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::ghcb;
+use crate::layout;
 use crate::paging::PageTables;
 use crate::window::Integer;
-use crate::layout;
 
 static BY_GHCB: AtomicBool = AtomicBool::new(false);
 
@@ -27,7 +27,9 @@ impl Registers {
     #[must_use]
     pub fn map(tables: &PageTables, start: u64, len: u64) -> Option<Self> {
         let end = start.checked_add(len)?;
-        let reach = layout::MMIO_REACH.iter().any(|(low, high)| start >= *low && end <= *high);
+        let reach = layout::MMIO_REACH
+            .iter()
+            .any(|(low, high)| start >= *low && end <= *high);
         (reach && tables.map_device(start, len)).then_some(Self { start, len })
     }
 

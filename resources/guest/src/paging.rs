@@ -28,7 +28,9 @@ impl PageTables {
     /// The tables that the image brought; `c_bit` is the C-bit's position, 0 for none.
     #[must_use]
     pub fn new(c_bit: u32) -> Self {
-        Self { c_mask: if c_bit == 0 { 0 } else { 1 << c_bit } }
+        Self {
+            c_mask: if c_bit == 0 { 0 } else { 1 << c_bit },
+        }
     }
 
     /// Maps the device memory `[start, start + len)`; what is mapped stays as it is. False when there is no memory for

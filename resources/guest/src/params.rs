@@ -36,17 +36,30 @@ pub fn read() -> Result<Parameters, &'static str> {
     Shared::parameter_page(layout::MEMORY_MAP_PAGE).read(0, &mut page);
     let memory = memory_map(&page)?;
     Shared::parameter_page(layout::COMMAND_LINE_PAGE).read(0, &mut page);
-    Ok(Parameters { vcpus, memory, command_line: command_line(&page)? })
+    Ok(Parameters {
+        vcpus,
+        memory,
+        command_line: command_line(&page)?,
+    })
 }
 
 /// Checks a memory map and returns the bytes of RAM in it.
 fn memory_map(page: &[u8]) -> Result<u64, &'static str> {
     let (mut previous_end, mut total, mut used) = (0, 0_u64, layout::CPUID_PAGE);
     for entry in page.chunks_exact(ENTRY_LEN) {
-        let word = |at: usize| entry.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u64::from_le_bytes(*b));
+        let word = |at: usize| {
+            entry
+                .get(at..)
+                .and_then(<[u8]>::first_chunk)
+                .map_or(0, |b| u64::from_le_bytes(*b))
+        };
         let (start, pages, kind) = (word(0), word(8), word(16) as u16);
         if pages == 0 {
-            return if used >= layout::USED_END { Ok(total) } else { Err("memory map has no RAM at 1..60 MiB") };
+            return if used >= layout::USED_END {
+                Ok(total)
+            } else {
+                Err("memory map has no RAM at 1..60 MiB")
+            };
         }
         let end = start.checked_add(pages).filter(|end| *end <= u64::MAX / PAGE);
         let Some(end) = end.filter(|_| start >= previous_end) else {
@@ -64,7 +77,10 @@ fn memory_map(page: &[u8]) -> Result<u64, &'static str> {
 }
 
 fn command_line(page: &[u8]) -> Result<String, &'static str> {
-    let text = page.split(|byte| *byte == 0).next().filter(|text| text.len() < page.len());
+    let text = page
+        .split(|byte| *byte == 0)
+        .next()
+        .filter(|text| text.len() < page.len());
     let text = text.and_then(|text| core::str::from_utf8(text).ok());
     match text {
         Some(text) if text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) => Ok(String::from(text)),
@@ -88,7 +104,12 @@ mod tests {
 
     #[test]
     fn a_split_map_is_summed() {
-        let page = map(&[(0, 0xA0, 0), (0xA0, 0x60, 1), (0x100, 0x1_0000, 0), (0x10_0000, 0x100, 0)]);
+        let page = map(&[
+            (0, 0xA0, 0),
+            (0xA0, 0x60, 1),
+            (0x100, 0x1_0000, 0),
+            (0x10_0000, 0x100, 0),
+        ]);
         assert_eq!(memory_map(&page), Ok((0xA0 + 0x1_0000 + 0x100) * 4096));
     }
 
@@ -96,7 +117,10 @@ mod tests {
     fn hostile_maps_are_refused() {
         assert!(memory_map(&map(&[(0, 0x100, 0)])).is_err(), "too small");
         assert!(memory_map(&map(&[(0x100, 0x1_0000, 1)])).is_err(), "not RAM");
-        assert!(memory_map(&map(&[(0, 0x2_0000, 0), (0x1_0000, 1, 0)])).is_err(), "overlap");
+        assert!(
+            memory_map(&map(&[(0, 0x2_0000, 0), (0x1_0000, 1, 0)])).is_err(),
+            "overlap"
+        );
         assert!(memory_map(&map(&[(0, u64::MAX, 0)])).is_err(), "wraps");
         assert!(memory_map(&map(&[(u64::MAX, 2, 0)])).is_err(), "wraps");
         assert!(memory_map(&vec![0xFF; 4096]).is_err(), "garbage");

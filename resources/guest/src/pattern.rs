@@ -12,7 +12,11 @@ impl Pattern {
     /// The pattern of `seed`, from its start.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self { state: seed, word: [0; 8], used: 8 }
+        Self {
+            state: seed,
+            word: [0; 8],
+            used: 8,
+        }
     }
 
     fn next_word(&mut self) -> [u8; 8] {
@@ -56,7 +60,11 @@ mod tests {
         // First outputs from state 1234567, as the reference implementation prints them.
         let mut bytes = [0; 24];
         Pattern::new(1_234_567).fill(&mut bytes);
-        let expected = [6_457_827_717_110_365_317_u64, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423];
+        let expected = [
+            6_457_827_717_110_365_317_u64,
+            3_203_168_211_198_807_973,
+            9_817_491_932_198_370_423,
+        ];
         assert_eq!(bytes.to_vec(), expected.map(u64::to_le_bytes).concat());
     }
 

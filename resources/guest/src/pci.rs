@@ -61,7 +61,10 @@ pub fn scan(tables: &PageTables) -> Vec<Function> {
         };
         let id: u32 = registers.get(0);
         if id & 0xFFFF == VIRTIO_VENDOR && id >> 16 > VIRTIO_MODERN {
-            found.push(Function { registers, kind: ((id >> 16) - VIRTIO_MODERN) as u16 });
+            found.push(Function {
+                registers,
+                kind: ((id >> 16) - VIRTIO_MODERN) as u16,
+            });
         }
     }
     found
@@ -87,7 +90,13 @@ impl Function {
                 (VENDOR_CAPABILITY, 4) => device = Some(self.place(next)),
                 (MSIX_CAPABILITY, _) => {
                     let table: u32 = self.registers.get(next + 4);
-                    msix = Some((next, Place { bar: (table & 7) as u8, offset: table & !7 }));
+                    msix = Some((
+                        next,
+                        Place {
+                            bar: (table & 7) as u8,
+                            offset: table & !7,
+                        },
+                    ));
                 }
                 _ => {}
             }
@@ -130,7 +139,11 @@ impl Function {
         }
         let at = BAR0 + u64::from(index) * 4;
         let low: u32 = self.registers.get(at);
-        let high = if low & 7 == IS_64_BIT && index < 5 { self.registers.get::<u32>(at + 4) } else { 0 };
+        let high = if low & 7 == IS_64_BIT && index < 5 {
+            self.registers.get::<u32>(at + 4)
+        } else {
+            0
+        };
         u64::from(high) << 32 | u64::from(low & !0xF)
     }
 

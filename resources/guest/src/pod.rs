@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 
 use crate::blk::Blk;
 use crate::fuse::Client;
+use crate::layout;
 use crate::paging::PageTables;
 use crate::params::Parameters;
 use crate::pattern::Pattern;
@@ -15,7 +16,6 @@ use crate::report::{Report, Reporter};
 use crate::rng::Rng;
 use crate::snp::Pages;
 use crate::window::{Shared, Window};
-use crate::layout;
 
 const PAGE: usize = 4096;
 
@@ -66,7 +66,11 @@ impl Pod {
     #[must_use]
     pub fn hello(&self) -> String {
         let mut devices = String::new();
-        let names = [(device_type::BLK, "blk"), (device_type::FS, "fs"), (device_type::RNG, "rng")];
+        let names = [
+            (device_type::BLK, "blk"),
+            (device_type::FS, "fs"),
+            (device_type::RNG, "rng"),
+        ];
         for (_, name) in names.iter().filter(|(kind, _)| self.function(*kind).is_some()) {
             if !devices.is_empty() {
                 devices.push(',');

@@ -99,13 +99,25 @@ impl Reporter {
         let mut response = vec![0; PAGE];
         self.response.read(0, &mut response);
         let payload = open(cipher, sequence + 1, &mut response)?;
-        let status = payload.first_chunk().map_or(u32::MAX, |bytes| u32::from_le_bytes(*bytes));
+        let status = payload
+            .first_chunk()
+            .map_or(u32::MAX, |bytes| u32::from_le_bytes(*bytes));
         if status != 0 {
             return Err("the firmware gave no report");
         }
-        let report = payload.get(REPORT_AT..).and_then(<[u8]>::first_chunk).ok_or("the report is cut short")?;
-        let certificates = if with_certificates { table(self.certificates) } else { Vec::new() };
-        Ok(Report { report: *report, certificates })
+        let report = payload
+            .get(REPORT_AT..)
+            .and_then(<[u8]>::first_chunk)
+            .ok_or("the report is cut short")?;
+        let certificates = if with_certificates {
+            table(self.certificates)
+        } else {
+            Vec::new()
+        };
+        Ok(Report {
+            report: *report,
+            certificates,
+        })
     }
 }
 
@@ -153,7 +165,9 @@ fn seal(cipher: &Aes256Gcm, sequence: u64, data: &[u8; 64]) -> Result<Vec<u8>, &
 
 /// Opens a report response and returns its payload.
 fn open<'m>(cipher: &Aes256Gcm, sequence: u64, message: &'m mut [u8]) -> Result<&'m [u8], &'static str> {
-    let (header, rest) = message.split_at_mut_checked(HEADER).ok_or("the response is cut short")?;
+    let (header, rest) = message
+        .split_at_mut_checked(HEADER)
+        .ok_or("the response is cut short")?;
     let byte = |at: usize| header.get(at).copied().unwrap_or_default();
     let len = usize::from(u16::from_le_bytes([byte(0x36), byte(0x37)]));
     let answers = header.get(0x20..0x28) == Some(&sequence.to_le_bytes())
@@ -179,7 +193,12 @@ fn table(area: Shared) -> Vec<u8> {
     area.read(0, &mut bytes);
     let mut end = 0;
     for entry in bytes.chunks_exact(ENTRY) {
-        let word = |at: usize| entry.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u32::from_le_bytes(*b) as usize);
+        let word = |at: usize| {
+            entry
+                .get(at..)
+                .and_then(<[u8]>::first_chunk)
+                .map_or(0, |b| u32::from_le_bytes(*b) as usize)
+        };
         if entry.iter().all(|byte| *byte == 0) {
             break;
         }
@@ -199,10 +218,19 @@ mod tests {
         let mut message = seal(&cipher, 5, &[9; 64]).unwrap();
         assert_eq!(message.len(), HEADER + 96);
         message[0x34] = REPORT_RESPONSE;
-        assert!(open(&cipher, 5, &mut message.clone()).is_err(), "the type is authenticated");
+        assert!(
+            open(&cipher, 5, &mut message.clone()).is_err(),
+            "the type is authenticated"
+        );
         message[0x34] = REPORT_REQUEST;
-        assert!(open(&cipher, 5, &mut message.clone()).is_err(), "a request is not a response");
-        assert!(open(&cipher, 6, &mut message.clone()).is_err(), "another sequence number");
+        assert!(
+            open(&cipher, 5, &mut message.clone()).is_err(),
+            "a request is not a response"
+        );
+        assert!(
+            open(&cipher, 6, &mut message.clone()).is_err(),
+            "another sequence number"
+        );
         assert!(open(&cipher, 5, &mut message[..0x40].to_vec()).is_err(), "short");
     }
 

@@ -61,7 +61,10 @@ pub fn pvalidate(address: u64, large: bool, validate: bool) -> Validated {
         asm!("int3", inout("eax") 5 => code, in("rdi") address, in("ecx") u32::from(large),
             inout("edx") u32::from(validate) => carry);
     }
-    Validated { code, unchanged: carry != 0 }
+    Validated {
+        code,
+        unchanged: carry != 0,
+    }
 }
 
 /// Makes changes of the page tables take effect.

@@ -24,7 +24,9 @@ impl Pages {
         ghcb::start()?;
         let window = layout::WINDOW_START..layout::WINDOW_START + layout::WINDOW_LEN;
         ghcb::change_page_state(LargeFrames::new(window.start, window.end), false)?;
-        let pages = Self { emulation: emulated.then(cpuid::emulation_msr) };
+        let pages = Self {
+            emulation: emulated.then(cpuid::emulation_msr),
+        };
         pages.validate(layout::HEAP_START, layout::HEAP_LEN, true)?;
         pages.validate(layout::CONVERT_START, layout::CONVERT_LEN, true)?;
         Ok(pages)
@@ -58,7 +60,11 @@ impl Pages {
             let batch = first..count.min(first + ghcb::PSC_ENTRIES);
             ghcb::change_page_state(batch.map(|index| (frames + index as u64, false)), private)?;
         }
-        if private { self.validate(start, len, true) } else { Ok(()) }
+        if private {
+            self.validate(start, len, true)
+        } else {
+            Ok(())
+        }
     }
 }
 

@@ -73,7 +73,10 @@ impl Device {
             registers.set(common::DRIVER_FEATURE_SELECT, half);
             registers.set(common::DRIVER_FEATURE, (features >> (32 * half)) as u32);
         }
-        registers.set(common::STATUS, status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
+        registers.set(
+            common::STATUS,
+            status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK,
+        );
         if registers.get::<u8>(common::STATUS) & status::FEATURES_OK == 0 {
             return Err("the device refuses the features");
         }
@@ -275,7 +278,11 @@ impl Queue {
         }
         let at = 4 + usize::from(self.next_used % self.size) * 8;
         let (id, len) = (self.rings.used.get::<u32>(at), self.rings.used.get::<u32>(at + 4));
-        let chain = self.chains.get_mut(id as usize).map(core::mem::take).unwrap_or_default();
+        let chain = self
+            .chains
+            .get_mut(id as usize)
+            .map(core::mem::take)
+            .unwrap_or_default();
         if chain.is_empty() {
             self.broken = true;
             return None;
@@ -300,7 +307,11 @@ impl Queue {
     /// Asks for an interrupt at the next used chain, or for none.
     pub fn want_interrupt(&self, wanted: bool) {
         if self.event_idx {
-            let event = if wanted { self.next_used } else { self.next_used.wrapping_sub(1) };
+            let event = if wanted {
+                self.next_used
+            } else {
+                self.next_used.wrapping_sub(1)
+            };
             self.rings.available.set(4 + usize::from(self.size) * 2, event);
         } else {
             self.rings.available.set(0, u16::from(!wanted));

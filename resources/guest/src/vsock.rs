@@ -296,13 +296,22 @@ impl Vsock {
                 self.packet(buffer, (used.len as usize - HEADER).min(BUFFER - HEADER));
             }
             let token = self.rx.push(&[Piece::Out(buffer)]);
-            for place in self.rx_buffers.iter_mut().filter(|(token, _)| *token == used.token).take(1) {
+            for place in self
+                .rx_buffers
+                .iter_mut()
+                .filter(|(token, _)| *token == used.token)
+                .take(1)
+            {
                 place.0 = token.unwrap_or(u16::MAX);
             }
         }
         while let Some(used) = self.tx.pop() {
             any = true;
-            for place in self.tx_buffers.iter_mut().filter(|(token, _)| *token == Some(used.token)) {
+            for place in self
+                .tx_buffers
+                .iter_mut()
+                .filter(|(token, _)| *token == Some(used.token))
+            {
                 place.0 = None;
             }
         }
@@ -382,7 +391,10 @@ impl Vsock {
 
     /// A packet of no stream: a request for a new one, or an error.
     fn stranger(&mut self, header: &Header) {
-        if let (op::RST, Some(at)) = (header.op, PROBE_PORTS.iter().position(|port| *port == header.destination_port)) {
+        if let (op::RST, Some(at)) = (
+            header.op,
+            PROBE_PORTS.iter().position(|port| *port == header.destination_port),
+        ) {
             self.probes.get_mut(at).map(|seen| core::mem::replace(seen, true));
             return;
         }
@@ -457,7 +469,11 @@ impl Vsock {
 
     /// Sends one packet if a buffer is free.
     fn transmit(&mut self, header: &Header, fill: impl FnOnce(Shared)) -> bool {
-        let Some((place, buffer)) = self.tx_buffers.iter_mut().find(|(token, _)| token.is_none()).map(|(t, b)| (t, *b))
+        let Some((place, buffer)) = self
+            .tx_buffers
+            .iter_mut()
+            .find(|(token, _)| token.is_none())
+            .map(|(t, b)| (t, *b))
         else {
             return false;
         };

@@ -72,7 +72,10 @@ impl Shared {
     #[must_use]
     pub fn part(&self, offset: usize, len: usize) -> Self {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len()));
-        Self { address: self.address + offset as u64, len: len as u64 }
+        Self {
+            address: self.address + offset as u64,
+            len: len as u64,
+        }
     }
 
     fn pointer(&self, offset: usize, len: usize) -> *mut u8 {
@@ -143,7 +146,9 @@ impl Window {
     /// The whole window after its first page, which is the GHCB.
     #[must_use]
     pub const fn new() -> Self {
-        Self { next: Cell::new(layout::WINDOW_START + PAGE) }
+        Self {
+            next: Cell::new(layout::WINDOW_START + PAGE),
+        }
     }
 
     /// Cuts off `len` bytes, page-aligned. None when the window is used up.
@@ -151,7 +156,9 @@ impl Window {
     pub fn take(&self, len: usize) -> Option<Shared> {
         let len = (len as u64).checked_next_multiple_of(PAGE)?;
         let start = self.next.get();
-        let end = start.checked_add(len).filter(|end| *end <= layout::WINDOW_START + layout::WINDOW_LEN)?;
+        let end = start
+            .checked_add(len)
+            .filter(|end| *end <= layout::WINDOW_START + layout::WINDOW_LEN)?;
         self.next.set(end);
         // SAFETY: inside the window, which holds no Rust objects; not handed out before.
         Some(unsafe { Shared::at(start, len) })
