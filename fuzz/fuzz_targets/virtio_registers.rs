@@ -116,7 +116,7 @@ fuzz_target!(|data: &[u8]| {
                     bus.write(bar + offset, &v.to_le_bytes()[..len]);
                 }
             }
-            15..=17 => root.write_config(1, 0, at & 0xFFF, value),
+            15..=17 => root.write_config(1, 0, at as u16 & 0xFFF, value),
             18 => root.read_config(1, 0, at as u16 & 0xFFF, &mut buffer[..len]),
             19 => {
                 let _ = memory.write_slice(value, GuestAddress(at));
