@@ -4,6 +4,7 @@
 pub mod blk;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod pci;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]

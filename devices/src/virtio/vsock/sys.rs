@@ -16,6 +16,10 @@ use vm_memory::VolatileSlice;
 
 /// Connections that may wait in the backlog (the kernel takes less where somaxconn is lower).
 const BACKLOG: libc::c_int = 4096;
+#[expect(clippy::cast_possible_truncation, reason = "a constant: 1")]
+const AF_UNIX: libc::sa_family_t = libc::AF_UNIX as libc::sa_family_t;
+#[expect(clippy::cast_possible_truncation, reason = "a constant: 110")]
+const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_un>() as libc::socklen_t;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -53,11 +57,11 @@ fn address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
             ),
         ));
     }
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    address.sun_family = AF_UNIX;
     for (to, from) in address.sun_path.iter_mut().zip(bytes) {
         *to = from.cast_signed();
     }
-    Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
+    Ok((address, ADDRESS_LEN))
 }
 
 /// Listens on `path` with mode 0600 from the first moment, without blocking.
