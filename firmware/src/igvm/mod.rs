@@ -14,7 +14,7 @@ pub(crate) mod tests;
 pub use build::{BuildError, BuildOptions, FormatVersion, build};
 pub use error::{IgvmError, Reason};
 pub use native::PAT_RESET;
-pub use read::{MAX_AREA_SIZE, MAX_PARAMETERS, PlatformInfo, plan, platforms};
+pub use read::{MAX_AREA_SIZE, MAX_HEADERS, MAX_PARAMETERS, PlatformInfo, plan, platforms};
 
 use crate::plan::Platform;
 

@@ -3,9 +3,11 @@
 
 use std::borrow::Cow;
 
+use igvm_defs::IgvmVariableHeaderType as Vht;
+
 use super::IgvmError;
 use super::error::Reason;
-use super::headers::Header;
+use super::headers::{Header, type_name};
 use crate::plan::{PAGE_SIZE, PageKind, Step};
 
 /// A run of pages being gathered.
@@ -90,14 +92,14 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Memory that one header fills.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Memory that one header fills; 32 bytes, since a file may have millions.
+#[derive(Clone, Copy, Debug)]
 struct Claim {
     gpa: u64,
     len: u64,
-    index: usize,
-    offset: u64,
-    header: &'static str,
+    index: u32,
+    offset: u32,
+    typ: Vht,
 }
 
 /// All the memory that headers fill, to find overlaps in n·log n.
@@ -107,13 +109,15 @@ pub(super) struct Claims(Vec<Claim>);
 impl Claims {
     /// `header` fills `[gpa, gpa + len)`, which ends below 2^52.
     pub(super) fn add(&mut self, header: &Header<'_>, gpa: u64, len: u64) {
-        let name = super::headers::type_name(header.typ);
+        // Offsets in a file are 32 bits wide, and no header is shorter than a byte.
+        let index = u32::try_from(header.index).unwrap_or(u32::MAX);
+        let offset = u32::try_from(header.offset).unwrap_or(u32::MAX);
         self.0.push(Claim {
             gpa,
             len,
-            index: header.index,
-            offset: header.offset,
-            header: name,
+            index,
+            offset,
+            typ: header.typ,
         });
     }
 
@@ -129,14 +133,14 @@ impl Claims {
                     (high, low)
                 };
                 return Err(IgvmError {
-                    header: second.header,
-                    index: Some(second.index),
-                    offset: second.offset,
+                    header: type_name(second.typ),
+                    index: Some(second.index as usize),
+                    offset: u64::from(second.offset),
                     reason: Reason::Overlap {
                         gpa: second.gpa,
                         len: second.len,
-                        other: first.index,
-                        other_offset: first.offset,
+                        other: first.index as usize,
+                        other_offset: u64::from(first.offset),
                     },
                 });
             }

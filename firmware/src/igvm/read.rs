@@ -27,6 +27,10 @@ pub const MAX_AREA_SIZE: u64 = 16 << 20;
 /// Most parameter directives in a file.
 pub const MAX_PARAMETERS: usize = 1024;
 
+/// Most variable headers in a file: twice the pages that a file can hold, so that what planning takes stays in
+/// proportion to what is loaded (at most some 250 MB).
+pub const MAX_HEADERS: usize = 1 << 21;
+
 /// Guest physical addresses end here: the widest that x86-64 page tables reach.
 const GPA_END: u64 = 1 << 52;
 
@@ -138,6 +142,9 @@ pub fn plan<'a>(file: &'a [u8], options: &PlanOptions) -> Result<LaunchPlan<'a>,
     let mut section = Section::Platform;
     for header in container.headers() {
         let header = header?;
+        if header.index >= MAX_HEADERS {
+            return Err(header.field("count of headers", header.index as u64 + 1, "must be at most 2097152"));
+        }
         match Section::of(header.typ) {
             Some(of) if of < section => return Err(header.error(Reason::SectionOrder(of.name()))),
             Some(of) => section = of,

@@ -401,3 +401,13 @@ fn fixed_header() {
             .contains("page_size is 0x4000")
     );
 }
+
+#[test]
+fn headers_beyond_count_are_refused() {
+    let mut file = RawFile::snp();
+    let optional = [0x8000_0FFFu32, 0].as_bytes().repeat(crate::igvm::MAX_HEADERS - 2);
+    file.headers.extend_from_slice(&optional);
+    assert!(plan(&file.file(), &PlanOptions::default()).is_ok());
+    file.headers.extend_from_slice(&optional[..8]);
+    assert!(refusal(&file).to_string().contains("at most 2097152"));
+}
