@@ -103,6 +103,38 @@ fn host_bridge(aml: &mut Raw, machine: &AcpiMachine, segment: u16) {
     } else {
         ResourceTemplate::new(vec![&bus, &low, &high])
     };
+    let (slots, notify) = slots();
+    aml.push(&Device::new(
+        path(&format!("_SB_.{}", bridge_name(segment))),
+        vec![
+            &name("_HID", &EISAName::new("PNP0A08")),
+            &name("_CID", &EISAName::new("PNP0A03")),
+            &name("_ADR", &ZERO),
+            &name("_SEG", &segment),
+            &name("_UID", &segment),
+            &name("_CCA", &ONE),
+            &name("SUPP", &ZERO),
+            &name("_CRS", &crs),
+            &slots,
+            &Method::new(path("DVNT"), 2, true, vec![&notify]),
+            &Method::new(
+                path("PCNT"),
+                0,
+                true,
+                vec![
+                    &Acquire::new(path("\\_SB_.PHPR.BLCK"), 0xFFFF),
+                    &Store::new(&path("\\_SB_.PHPR.PSEG"), &segment),
+                    &MethodCall::new(path("DVNT"), vec![&path("\\_SB_.PHPR.PCIU"), &ONE]),
+                    &MethodCall::new(path("DVNT"), vec![&path("\\_SB_.PHPR.PCID"), &3u8]),
+                    &Release::new(path("\\_SB_.PHPR.BLCK")),
+                ],
+            ),
+        ],
+    ));
+}
+
+/// The hot-pluggable slots of a bridge, and the notification of those in a bitmap.
+fn slots() -> (Raw, Raw) {
     let mut slots = Raw::default();
     let mut notify = Raw::default();
     // Slot 0 is the host bridge itself.
@@ -131,33 +163,7 @@ fn host_bridge(aml: &mut Raw, machine: &AcpiMachine, segment: u16) {
             vec![&Notify::new(&path(&slot_name), &Arg(1))],
         ));
     }
-    aml.push(&Device::new(
-        path(&format!("_SB_.{}", bridge_name(segment))),
-        vec![
-            &name("_HID", &EISAName::new("PNP0A08")),
-            &name("_CID", &EISAName::new("PNP0A03")),
-            &name("_ADR", &ZERO),
-            &name("_SEG", &segment),
-            &name("_UID", &segment),
-            &name("_CCA", &ONE),
-            &name("SUPP", &ZERO),
-            &name("_CRS", &crs),
-            &slots,
-            &Method::new(path("DVNT"), 2, true, vec![&notify]),
-            &Method::new(
-                path("PCNT"),
-                0,
-                true,
-                vec![
-                    &Acquire::new(path("\\_SB_.PHPR.BLCK"), 0xFFFF),
-                    &Store::new(&path("\\_SB_.PHPR.PSEG"), &segment),
-                    &MethodCall::new(path("DVNT"), vec![&path("\\_SB_.PHPR.PCIU"), &ONE]),
-                    &MethodCall::new(path("DVNT"), vec![&path("\\_SB_.PHPR.PCID"), &3u8]),
-                    &Release::new(path("\\_SB_.PHPR.BLCK")),
-                ],
-            ),
-        ],
-    ));
+    (slots, notify)
 }
 
 fn pci_hotplug(aml: &mut Raw, machine: &AcpiMachine) {
