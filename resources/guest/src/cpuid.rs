@@ -1,5 +1,6 @@
-//! What the processor can do: from the CPUID page under SEV-SNP, where the instruction would fault on hardware, and by
-//! the instruction elsewhere.
+//! What the processor can do: from the CPUID page on SEV-SNP hardware, where the instruction would fault, and by the
+//! instruction elsewhere. (The emulated processor's page is what the hypervisor claims, and some claim less than ring 3
+//! then has.)
 
 use core::arch::x86_64::__cpuid_count;
 
@@ -9,10 +10,10 @@ use crate::window::Shared;
 const ENTRY_LEN: usize = 48;
 const MAX_ENTRIES: usize = 64;
 
-/// EAX, EBX, ECX, EDX of a leaf; zeros when the CPUID page has no such leaf.
+/// EAX, EBX, ECX, EDX of a leaf, from the CPUID page or by the instruction; zeros when the page has no such leaf.
 #[must_use]
-pub fn leaf(snp: bool, leaf: u32, subleaf: u32) -> [u32; 4] {
-    if !snp {
+pub fn leaf(from_page: bool, leaf: u32, subleaf: u32) -> [u32; 4] {
+    if !from_page {
         let answer = __cpuid_count(leaf, subleaf);
         return [answer.eax, answer.ebx, answer.ecx, answer.edx];
     }
@@ -26,11 +27,11 @@ pub fn leaf(snp: bool, leaf: u32, subleaf: u32) -> [u32; 4] {
 
 /// Whether the processor has the instructions that this image is compiled for.
 #[must_use]
-pub fn suffices(snp: bool) -> bool {
+pub fn suffices(from_page: bool) -> bool {
     const SSSE3_SSE41_AES_PCLMUL: u32 = 1 << 9 | 1 << 19 | 1 << 25 | 1 << 1;
     const SHA: u32 = 1 << 29;
-    let [_, _, features, _] = leaf(snp, 1, 0);
-    let [_, extended, _, _] = leaf(snp, 7, 0);
+    let [_, _, features, _] = leaf(from_page, 1, 0);
+    let [_, extended, _, _] = leaf(from_page, 7, 0);
     features & SSSE3_SSE41_AES_PCLMUL == SSSE3_SSE41_AES_PCLMUL && extended & SHA != 0
 }
 

@@ -76,7 +76,7 @@ fn boot(heap: &memory::Heap, start: &Start) -> Result<(), &'static str> {
     }
     memory::start(heap);
     let parameters = params::read()?;
-    if !cpuid::suffices(start.snp) {
+    if !cpuid::suffices(start.snp && !start.emulated) {
         return Err("the processor lacks SHA, AES or SSE 4.1");
     }
     if start.emulated || !start.snp {
