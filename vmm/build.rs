@@ -11,13 +11,17 @@ use std::process::Command;
 
 use podvisor_firmware::igvm::{BuildOptions, build};
 use podvisor_firmware::plan::{
-    GpaRange, KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Parameter, ParameterArea, ParameterKind, Platform, Segment,
-    Step, VcpuState, VpContext,
+    GpaRange, KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Parameter, ParameterArea, ParameterKind, Platform,
+    Segment, Step, VcpuState, VpContext,
 };
 use podvisor_firmware::vmsa::vmsa_page;
 
 #[path = "../resources/guest/src/layout.rs"]
-#[expect(dead_code, unreachable_pub, reason = "the guest's own view of memory; the image needs part of it")]
+#[expect(
+    dead_code,
+    unreachable_pub,
+    reason = "the guest's own view of memory; the image needs part of it"
+)]
 mod layout;
 
 /// The guest is always built for this target, whatever the monitor is built for.
@@ -71,8 +75,26 @@ fn compile(guest: &Path, target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
 
 /// Whether an environment variable may reach the guest's build: where tools and registries are, nothing else.
 fn is_for_guest(name: &str) -> bool {
-    let ours = ["CARGO", "RUST", "CLIPPY", "MIRI", "LLVM_PROFILE", "CFLAGS", "LDFLAGS", "DEP_", "TARGET", "PROFILE"];
-    let kept = ["CARGO_HOME", "CARGO_HTTP", "CARGO_NET", "CARGO_REGISTR", "CARGO_SOURCE", "RUSTUP_"];
+    let ours = [
+        "CARGO",
+        "RUST",
+        "CLIPPY",
+        "MIRI",
+        "LLVM_PROFILE",
+        "CFLAGS",
+        "LDFLAGS",
+        "DEP_",
+        "TARGET",
+        "PROFILE",
+    ];
+    let kept = [
+        "CARGO_HOME",
+        "CARGO_HTTP",
+        "CARGO_NET",
+        "CARGO_REGISTR",
+        "CARGO_SOURCE",
+        "RUSTUP_",
+    ];
     kept.iter().any(|prefix| name.starts_with(prefix)) || !ours.iter().any(|prefix| name.starts_with(prefix))
 }
 
@@ -108,7 +130,9 @@ impl<'a> Image<'a> {
         const LOAD: u64 = 1;
         let word = |at: usize, len: usize| -> Option<u64> {
             let mut bytes = [0; 8];
-            bytes.get_mut(..len)?.copy_from_slice(elf.get(at..at.checked_add(len)?)?);
+            bytes
+                .get_mut(..len)?
+                .copy_from_slice(elf.get(at..at.checked_add(len)?)?);
             Some(u64::from_le_bytes(bytes))
         };
         let at = |value: u64| usize::try_from(value).ok();
@@ -128,7 +152,12 @@ impl<'a> Image<'a> {
             if image.is_some() || gpa != layout::IMAGE_START || gpa + len > layout::WINDOW_START {
                 return None;
             }
-            image = Some(Self { entry: word(24, 8)?, gpa, len, data });
+            image = Some(Self {
+                entry: word(24, 8)?,
+                gpa,
+                len,
+                data,
+            });
         }
         image
     }
@@ -156,7 +185,12 @@ impl<'a> Image<'a> {
                 (layout::CPUID_PAGE, PageKind::Cpuid),
                 (layout::SECRETS_PAGE, PageKind::Secrets),
             ] {
-                plan.steps.push(Step::Pages { gpa, len: PAGE_SIZE, kind, data: Cow::Borrowed(&[]) });
+                plan.steps.push(Step::Pages {
+                    gpa,
+                    len: PAGE_SIZE,
+                    kind,
+                    data: Cow::Borrowed(&[]),
+                });
             }
         }
         plan.steps.push(Step::Pages {
@@ -166,8 +200,17 @@ impl<'a> Image<'a> {
             data: Cow::Borrowed(self.data),
         });
         let state = self.entry_state(snp);
-        let vmsa = if snp { Cow::Owned(vmsa_page(&state).to_vec()) } else { Cow::Borrowed(&[][..]) };
-        plan.vps.push(VpContext { index: 0, gpa: if snp { KVM_VMSA_GPA } else { 0 }, state, vmsa });
+        let vmsa = if snp {
+            Cow::Owned(vmsa_page(&state).to_vec())
+        } else {
+            Cow::Borrowed(&[][..])
+        };
+        plan.vps.push(VpContext {
+            index: 0,
+            gpa: if snp { KVM_VMSA_GPA } else { 0 },
+            state,
+            vmsa,
+        });
         plan.steps.push(Step::Vcpu { vp: 0 });
         plan.required_memory.push(GpaRange {
             start: layout::CPUID_PAGE,
@@ -179,8 +222,17 @@ impl<'a> Image<'a> {
     /// 32-bit protected mode without paging, EBX = 1 for SEV-SNP (`resources/guest/src/boot.s`). Without paging every
     /// access of an encrypted guest is to private memory, so that the stub needs no C-bit before it knows where it is.
     fn entry_state(&self, snp: bool) -> VcpuState {
-        let code = Segment { selector: 0x08, attrib: 0xC9B, limit: u32::MAX, base: 0 };
-        let data = Segment { selector: 0x10, attrib: 0xC93, ..code };
+        let code = Segment {
+            selector: 0x08,
+            attrib: 0xC9B,
+            limit: u32::MAX,
+            base: 0,
+        };
+        let data = Segment {
+            selector: 0x10,
+            attrib: 0xC93,
+            ..code
+        };
         VcpuState {
             rip: self.entry,
             rbx: u64::from(snp),

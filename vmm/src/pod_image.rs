@@ -13,13 +13,28 @@ mod tests {
     use super::*;
 
     fn plan_for(platform: Platform) -> podvisor_firmware::plan::LaunchPlan<'static> {
-        plan(POD_IMAGE, &PlanOptions { platform: Some(platform), ..PlanOptions::default() }).unwrap()
+        plan(
+            POD_IMAGE,
+            &PlanOptions {
+                platform: Some(platform),
+                ..PlanOptions::default()
+            },
+        )
+        .unwrap()
     }
 
     #[test]
     fn both_platforms_load_the_same_pages() {
         let pages = |platform| -> Vec<_> {
-            let is_code = |step: &Step<'_>| matches!(step, Step::Pages { kind: PageKind::Normal, .. });
+            let is_code = |step: &Step<'_>| {
+                matches!(
+                    step,
+                    Step::Pages {
+                        kind: PageKind::Normal,
+                        ..
+                    }
+                )
+            };
             plan_for(platform).steps.into_iter().filter(is_code).collect()
         };
         assert!(!pages(Platform::Native).is_empty());
@@ -43,7 +58,12 @@ mod tests {
     #[test]
     fn no_path_of_the_build_machine_is_in_it() {
         for needle in [env!("CARGO_MANIFEST_DIR"), env!("OUT_DIR")] {
-            assert!(!POD_IMAGE.windows(needle.len()).any(|window| window == needle.as_bytes()), "{needle}");
+            assert!(
+                !POD_IMAGE
+                    .windows(needle.len())
+                    .any(|window| window == needle.as_bytes()),
+                "{needle}"
+            );
         }
     }
 }

@@ -20,8 +20,12 @@ static SLEEPS: AtomicBool = AtomicBool::new(false);
 pub fn start(tables: &PageTables) -> Result<(), &'static str> {
     const SPURIOUS: u64 = 0xF0;
     const ENABLE: u32 = 0x100;
+    const LINT0: u64 = 0x350;
+    const MASKED: u32 = 0x1_0000;
     let apic = Registers::map(tables, layout::APIC_START, 4096).ok_or("the local APIC cannot be mapped")?;
     apic.set(SPURIOUS, ENABLE | layout::SPURIOUS_VECTOR);
+    // The legacy interrupt controller, never set up, would deliver pins (the power button's) as exception vectors.
+    apic.set(LINT0, MASKED);
     SLEEPS.store(true, Ordering::Relaxed);
     Ok(())
 }
