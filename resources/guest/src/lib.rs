@@ -1,10 +1,6 @@
 //! The body of the pod guest: a bare-metal program that stands in for a pod (`docs/pod-guest.md`). `main.rs` is the
 //! image around it; the ring-0 part is `boot.s`.
 #![cfg_attr(not(test), no_std)]
-#![cfg_attr(
-    test,
-    expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests fail by panicking")
-)]
 
 extern crate alloc;
 
