@@ -45,3 +45,15 @@ pub(super) fn is_root() -> bool {
     // SAFETY: takes no pointers and cannot fail.
     unsafe { libc::geteuid() == 0 }
 }
+
+/// The mask as the kernel tells it, outside the life of every [`NoUmask`].
+#[cfg(test)]
+pub(super) fn mask() -> String {
+    let _lock = MASK.lock().unwrap_or_else(PoisonError::into_inner);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    status
+        .lines()
+        .find(|line| line.starts_with("Umask:"))
+        .unwrap()
+        .to_owned()
+}
