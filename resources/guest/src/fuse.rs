@@ -12,8 +12,8 @@ use crate::window::{Shared, Window};
 
 /// The root directory's node.
 pub const ROOT: u64 = 1;
-/// The largest read or write.
-pub const MAX_IO: usize = 1 << 20;
+/// The largest read or write. Twice as much is no faster, and touches twice the memory.
+pub const MAX_IO: usize = 512 << 10;
 /// Data buffers of [`MAX_IO`] bytes.
 pub const BUFFERS: usize = 4;
 const SLOTS: usize = 32;
