@@ -5,8 +5,7 @@ use std::borrow::Cow;
 
 use aws_lc_rs::digest::{SHA384, digest};
 use podvisor_firmware::plan::{KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Platform, Step};
-
-use crate::vmsa;
+use podvisor_firmware::vmsa::vmsa_page;
 
 /// Bytes in a launch digest.
 pub const DIGEST_LEN: usize = 48;
@@ -201,7 +200,7 @@ pub fn predict(plan: &LaunchPlan<'_>, vcpus: u32) -> Result<Prediction, PredictE
             .ok()
             .and_then(|index| plan.vcpu_state(index))
             .ok_or(PredictError::NoContext)?;
-        chain.update_vmsa(&vmsa::page(&vmsa::as_kvm_builds(&context.state)));
+        chain.update_vmsa(&vmsa_page(&context.state));
         measured += PAGE_SIZE;
     }
     let pages = chain.pages();
@@ -215,8 +214,6 @@ pub fn predict(plan: &LaunchPlan<'_>, vcpus: u32) -> Result<Prediction, PredictE
 /// One range of pages of one kind, as the launch handles it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PageRange<'p> {
-    /// Index of the step in the plan.
-    pub(crate) step: usize,
     pub(crate) gpa: u64,
     pub(crate) len: u64,
     pub(crate) kind: PageKind,
@@ -232,7 +229,6 @@ pub(crate) fn firmware_steps<'p>(
     plan.steps.iter().enumerate().filter_map(|(step, what)| {
         let range = match what {
             Step::Pages { gpa, len, kind, data } => PageRange {
-                step,
                 gpa: *gpa,
                 len: *len,
                 kind: *kind,
@@ -244,7 +240,6 @@ pub(crate) fn firmware_steps<'p>(
             },
             Step::Parameters { gpa, area } => match plan.areas.get(*area) {
                 Some(found) => PageRange {
-                    step,
                     gpa: *gpa,
                     len: found.len,
                     kind: PageKind::Unmeasured,

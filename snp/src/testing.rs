@@ -89,7 +89,7 @@ pub(crate) fn synthetic_plan(area_len: u64, zero: PageKind) -> LaunchPlan<'stati
     plan.vps.push(VpContext {
         index: 0,
         gpa: KVM_VMSA_GPA,
-        vmsa: Cow::Owned(crate::vmsa::page(&state).to_vec()),
+        vmsa: Cow::Owned(podvisor_firmware::vmsa::vmsa_page(&state).to_vec()),
         state,
     });
     plan.steps = vec![

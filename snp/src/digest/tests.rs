@@ -49,7 +49,7 @@ fn synthetic_vectors() {
 #[test]
 fn synthetic_vmsa_page() {
     assert_eq!(
-        hex(&sha384(&vmsa::page(&synthetic_state()))),
+        hex(&sha384(&vmsa_page(&synthetic_state())[..])),
         "68a2fbf7a0e1905534b1d66de33afb5513843868d26fb5449a121a0b907e45b8f966e1dc16b6ff5f78ab3c1a17fa3eb8"
     );
 }
@@ -140,7 +140,7 @@ fn epyc_v4(rip: u64, cs_base: u64) -> podvisor_firmware::plan::VcpuState {
 
 #[test]
 fn kvm_builds_the_published_vmsa_pages() {
-    let built = |rip, base| hex(&sha384(&vmsa::page(&vmsa::as_kvm_builds(&epyc_v4(rip, base)))));
+    let built = |rip, base| hex(&sha384(&vmsa_page(&epyc_v4(rip, base))[..]));
     assert_eq!(
         built(0xfff0, 0xffff_0000),
         "77920c4c629ff47e90c0e174fc1ad0eb6fa664f88cd4739488058a8c6cb1a77b3856f55378e9518d0da99452d51c553a"

@@ -1,26 +1,25 @@
-//! The VMSA page as KVM builds it at the finish of a launch (`sev_es_sync_vmsa`), from a vCPU's register state.
-//! Layout: AMD APM volume 2, table B-4. Reading VMSA pages out of images is the image reader's work, not this file's.
+//! The VMSA page as KVM builds it at the finish of a launch (`sev_es_sync_vmsa`), from a live vCPU's registers.
+//! Layout: AMD APM volume 2, table B-4. On purpose not shared with `podvisor_firmware::vmsa`, on which predictions stand:
+//! the digest of the emulation is a second opinion.
 
 use podvisor_firmware::plan::{PAGE_SIZE, Segment, VcpuState};
 
 use crate::digest::Page;
 
 /// EFER.SVME: KVM sets it in every SNP guest's VMSA.
-pub const EFER_SVME: u64 = 1 << 12;
+pub(super) const EFER_SVME: u64 = 1 << 12;
 /// CR4.MCE: the host's, ORed into the guest's VMSA.
-pub const CR4_MCE: u64 = 1 << 6;
+pub(super) const CR4_MCE: u64 = 1 << 6;
 /// CR0.CD and CR0.NW: cleared by KVM (`KVM_X86_QUIRK_CD_NW_CLEARED`).
-pub const CR0_CD_NW: u64 = 1 << 30 | 1 << 29;
-/// CR0.ET: always one on processors that have SNP.
-pub const CR0_ET: u64 = 1 << 4;
+pub(super) const CR0_CD_NW: u64 = 1 << 30 | 1 << 29;
 /// SEV_FEATURES bit 0: SNP active.
-pub const SEV_FEATURE_SNP: u64 = 1;
+pub(super) const SEV_FEATURE_SNP: u64 = 1;
 /// The only DR7 that KVM seals.
-pub const DR7_FIXED: u64 = 0x400;
+pub(super) const DR7_FIXED: u64 = 0x400;
 
 /// What KVM makes of `state`: bits it adds and drops, descriptor-table registers without selector and attributes.
 #[must_use]
-pub fn as_kvm_builds(state: &VcpuState) -> VcpuState {
+pub(super) fn as_kvm_builds(state: &VcpuState) -> VcpuState {
     let table = |from: Segment| Segment {
         selector: 0,
         attrib: 0,
@@ -28,7 +27,7 @@ pub fn as_kvm_builds(state: &VcpuState) -> VcpuState {
     };
     VcpuState {
         efer: state.efer | EFER_SVME,
-        cr0: (state.cr0 | CR0_ET) & !CR0_CD_NW,
+        cr0: state.cr0 & !CR0_CD_NW,
         cr4: state.cr4 | CR4_MCE,
         gdtr: table(state.gdtr),
         idtr: table(state.idtr),
@@ -40,7 +39,7 @@ pub fn as_kvm_builds(state: &VcpuState) -> VcpuState {
 /// The VMSA page that holds `state`; every field that [`VcpuState`] has no name for is zero. The VMPL is 0 and the CPL
 /// is the stack segment's DPL.
 #[must_use]
-pub fn page(state: &VcpuState) -> Page {
+pub(super) fn page(state: &VcpuState) -> Page {
     let mut page = [0; PAGE_SIZE as usize];
     let mut put = |offset: usize, bytes: &[u8]| {
         if let Some(to) = page.get_mut(offset..offset + bytes.len()) {
