@@ -6,6 +6,8 @@ use crate::{cpuid, ghcb, layout, ring0};
 
 const PAGE: u64 = 4096;
 const LARGE: u64 = 2 << 20;
+/// PVALIDATE: the page is mapped by the host in another size; go on by 4 KiB.
+const SIZE_MISMATCH: u32 = 6;
 
 /// A confidential pod's own view of its pages.
 pub struct Pages {
@@ -110,15 +112,23 @@ fn checked(code: u32, unchanged: bool) -> Result<(), &'static str> {
 
 fn validate_emulated(msr: u32, at: u64, end: u64, validate: bool) -> Result<u64, &'static str> {
     const MAX_ORDER: u32 = 18;
+    let outcome = |order: u32| {
+        ring0::wrmsr(msr, at | u64::from(order) << 1 | u64::from(validate));
+        let outcome = ring0::rdmsr(msr);
+        (outcome as u32 & 0xFF, outcome & 0x100 != 0)
+    };
     let order = ((end - at) / PAGE).ilog2().min(MAX_ORDER);
-    ring0::wrmsr(msr, at | u64::from(order) << 1 | u64::from(validate));
-    let outcome = ring0::rdmsr(msr);
-    checked(outcome as u32 & 0xFF, outcome & 0x100 != 0)?;
-    Ok(PAGE << order)
+    if order > 0 {
+        let (code, unchanged) = outcome(order);
+        if code != SIZE_MISMATCH {
+            return checked(code, unchanged).map(|()| PAGE << order);
+        }
+    }
+    let (code, unchanged) = outcome(0);
+    checked(code, unchanged).map(|()| PAGE)
 }
 
 fn validate_hardware(at: u64, end: u64, validate: bool) -> Result<u64, &'static str> {
-    const SIZE_MISMATCH: u32 = 6;
     if at.is_multiple_of(LARGE) && end - at >= LARGE {
         let outcome = ring0::pvalidate(at, true, validate);
         if outcome.code != SIZE_MISMATCH {
