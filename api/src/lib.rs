@@ -1,1 +1,14 @@
-//! skeleton
+//! What podvisor says and hears on its API socket: the wire types of the Cloud Hypervisor REST API (which are the
+//! schema, for JSON and for the command line alike), their validation, the HTTP/1.1 server on a UNIX socket with
+//! descriptor passing, and a small client. Nothing here knows KVM, devices or guest memory: the monitor takes a parsed
+//! request from here and hands a response back.
+
+mod json;
+mod node;
+pub mod options;
+pub mod types;
+mod validate;
+
+pub use json::{JsonError, from_json};
+pub use node::FieldError;
+pub use options::{OptionForm, OptionsError, from_options};

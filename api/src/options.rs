@@ -1,0 +1,193 @@
+//! The command line's spelling of the wire types: `path=/x,readonly=on,queues=[0,1]`, as Cloud Hypervisor's and
+//! ch-remote's options are written. The types are those of the REST API; this file only turns the text into the tree that
+//! they are read from. Lists are `[a,b]`, structures `<k=v,k=v>`, quotes keep commas and brackets literal.
+
+use crate::node::{FieldError, Node};
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+
+/// Why an option's text was refused: names the key, the value and what would be accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// Brackets or quotes do not pair up.
+    #[error("`{text}`: {reason}")]
+    Syntax {
+        /// The text as given.
+        text: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A key is given twice.
+    #[error("`{key}` is given twice; give it once")]
+    Twice {
+        /// The key.
+        key: String,
+    },
+    /// A key or value does not fit the option.
+    #[error(transparent)]
+    Field(#[from] FieldError),
+}
+
+/// A wire type that can be written as an option on the command line.
+pub trait OptionForm: DeserializeOwned {
+    /// Rewrites spellings that only the command line has (`topology=1:2:1:1`, a bare `tty`) into the schema's.
+    ///
+    /// # Errors
+    /// A value that is not in the shape which the spelling demands.
+    fn rewrite(_options: &mut OptionMap) -> Result<(), FieldError> {
+        Ok(())
+    }
+}
+
+/// The keys and values of one option before they have types.
+#[derive(Debug, Default)]
+pub struct OptionMap(BTreeMap<String, Node>);
+
+impl OptionMap {
+    /// Takes a key out if it has been given with a value.
+    pub(crate) fn take_text(&mut self, key: &str) -> Option<String> {
+        match self.0.remove(key) {
+            Some(Node::Text(text)) => Some(text),
+            Some(other) => {
+                self.0.insert(key.to_owned(), other);
+                None
+            }
+            None => None,
+        }
+    }
+
+    /// Takes a bare word out; whether it was there.
+    pub(crate) fn take_flag(&mut self, key: &str) -> bool {
+        let there = matches!(self.0.get(key), Some(Node::Flag));
+        if there {
+            self.0.remove(key);
+        }
+        there
+    }
+
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
+    pub(crate) fn set(&mut self, key: &str, value: Node) {
+        self.0.insert(key.to_owned(), value);
+    }
+
+    /// Moves `bw_size`, `bw_one_time_burst`, `bw_refill_time` and the `ops_` three into `rate_limiter_config`.
+    pub(crate) fn nest_rate_limiter(&mut self) {
+        let mut limiter = BTreeMap::new();
+        for (prefix, bucket) in [("bw_", "bandwidth"), ("ops_", "ops")] {
+            let fields: BTreeMap<String, Node> = ["size", "one_time_burst", "refill_time"]
+                .into_iter()
+                .filter_map(|field| Some((field.to_owned(), self.0.remove(&format!("{prefix}{field}"))?)))
+                .collect();
+            if !fields.is_empty() {
+                limiter.insert(bucket.to_owned(), Node::Options(fields));
+            }
+        }
+        if !limiter.is_empty() {
+            self.set("rate_limiter_config", Node::Options(limiter));
+        }
+    }
+}
+
+/// Parses one option's text into its wire type.
+///
+/// # Errors
+/// [`OptionsError`], naming the key, the value and the accepted ones.
+pub fn from_options<T: OptionForm>(text: &str) -> Result<T, OptionsError> {
+    let mut map = OptionMap(pairs(text)?);
+    T::rewrite(&mut map)?;
+    Ok(T::deserialize(Node::Options(map.0))?)
+}
+
+/// Splits at the commas that stand outside quotes and brackets; quotes are removed where nothing further will be split
+/// off the piece (`keep_quotes` false).
+fn split(text: &str, keep_quotes: bool) -> Result<Vec<String>, OptionsError> {
+    let refuse = |reason| OptionsError::Syntax {
+        text: text.to_owned(),
+        reason,
+    };
+    let (mut pieces, mut piece, mut open, mut quoted) = (Vec::new(), String::new(), Vec::new(), false);
+    for c in text.trim().chars() {
+        match c {
+            '"' => {
+                quoted = !quoted;
+                // Inside brackets the quotes are still needed when the brackets' content is split in its turn.
+                if !keep_quotes && open.is_empty() {
+                    continue;
+                }
+            }
+            '[' | '<' if !quoted => open.push(c),
+            ']' | '>' if !quoted => {
+                if open.pop() != Some(if c == ']' { '[' } else { '<' }) {
+                    return Err(refuse(
+                        "a bracket is closed that was not opened; quote it if it is part of a value",
+                    ));
+                }
+            }
+            ',' if !quoted && open.is_empty() => {
+                pieces.push(std::mem::take(&mut piece));
+                continue;
+            }
+            _ => {}
+        }
+        piece.push(c);
+    }
+    if quoted {
+        return Err(refuse("a quote is not closed"));
+    }
+    if !open.is_empty() {
+        return Err(refuse("a bracket is not closed"));
+    }
+    pieces.push(piece);
+    Ok(pieces)
+}
+
+fn pairs(text: &str) -> Result<BTreeMap<String, Node>, OptionsError> {
+    let mut map = BTreeMap::new();
+    if text.trim().is_empty() {
+        return Ok(map);
+    }
+    for piece in split(text, false)? {
+        let (key, value) = match piece.split_once('=') {
+            Some((key, value)) => (key.trim(), Node::Text(value.trim().to_owned())),
+            None => (piece.trim(), Node::Flag),
+        };
+        if key.is_empty() {
+            return Err(OptionsError::Syntax {
+                text: text.to_owned(),
+                reason: "a key is missing; write key=value,key=value",
+            });
+        }
+        if map.insert(key.to_owned(), value).is_some() {
+            return Err(OptionsError::Twice { key: key.to_owned() });
+        }
+    }
+    Ok(map)
+}
+
+/// The elements of `[a,b]`, or of a bare `a`.
+pub(crate) fn list(text: &str) -> Result<Vec<Node>, FieldError> {
+    let inner = match text.strip_prefix('[').map(|rest| rest.strip_suffix(']')) {
+        Some(Some(inner)) => inner,
+        Some(None) => return Err(FieldError::new(format!("`{text}` is no list; write [a,b]"))),
+        None => text,
+    };
+    if inner.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    let pieces = split(inner, false).map_err(|e| FieldError::new(e.to_string()))?;
+    Ok(pieces
+        .into_iter()
+        .map(|piece| Node::Text(piece.trim().to_owned()))
+        .collect())
+}
+
+/// The fields of `<k=v,k=v>`.
+pub(crate) fn nested(text: &str) -> Result<BTreeMap<String, Node>, FieldError> {
+    let inner = text.strip_prefix('<').and_then(|rest| rest.strip_suffix('>'));
+    let inner =
+        inner.ok_or_else(|| FieldError::new(format!("`{text}` is no structure; write <key=value,key=value>")))?;
+    pairs(inner).map_err(|e| FieldError::new(e.to_string()))
+}
