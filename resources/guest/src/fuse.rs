@@ -460,7 +460,7 @@ impl Client {
             .position(|slot| !slot.busy)
             .ok_or("too many requests in flight")?;
         let own = self.slots.get(index).ok_or("no such slot")?.page;
-        let mut kept = [0; IN_HEADER + 16];
+        let mut kept = [0; PAGE];
         page.read(0, &mut kept);
         let len = self.write_request(page, Op::GetAttr, ROOT, &[&[0; 16]], 0)?;
         own.part(REPLY_AT, OUT_HEADER).clear();
