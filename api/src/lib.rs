@@ -12,3 +12,4 @@ mod validate;
 pub use json::{JsonError, from_json};
 pub use node::FieldError;
 pub use options::{OptionForm, OptionsError, from_options};
+pub use validate::{ConfigError, MAX_MEMORY_BYTES, MAX_QUEUE_SIZE, MAX_VCPUS, Stage};
