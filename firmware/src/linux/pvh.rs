@@ -113,7 +113,8 @@ pub fn plan<'a>(
     }
     let elf = Elf::read(kernel)?;
     let entry = entry(&elf)?;
-    let kernel_end = check_segments(&elf, entry, machine)?;
+    let low_start = acpi.map_or(layout::EBDA_START, |t| t.gpa.saturating_add(t.bytes.len() as u64));
+    let kernel_end = check_segments(&elf, entry, low_start, machine)?;
     let low = GPA_LOW_END.max(layout::CMDLINE_START + layout::CMDLINE_MAX_SIZE as u64);
     if !machine.is_ram(0, low) {
         return Err(PvhError::NoRam {
@@ -172,7 +173,12 @@ fn entry(elf: &Elf<'_>) -> Result<u64, PvhError> {
 }
 
 /// Segments must be in RAM from 1 MiB on, apart from each other, and hold the entry. Returns their end.
-fn check_segments(elf: &Elf<'_>, entry: u64, machine: &MachineDescription) -> Result<u64, PvhError> {
+fn check_segments(
+    elf: &Elf<'_>,
+    entry: u64,
+    low_start: u64,
+    machine: &MachineDescription,
+) -> Result<u64, PvhError> {
     let mut ranges: Vec<(u64, u64)> = elf
         .segments
         .iter()
@@ -183,8 +189,12 @@ fn check_segments(elf: &Elf<'_>, entry: u64, machine: &MachineDescription) -> Re
     for (start, len) in &ranges {
         let (start, len) = (*start, *len);
         let refuse = |rule| Err(PvhError::Segment { start, len, rule });
+        // Linkers put the ELF headers into a page below a kernel at 1 MiB; there is memory behind the ACPI tables.
         if start < layout::HIGH_RAM_START {
-            return refuse("must start at or above 1 MiB, behind the boot information");
+            if start < low_start || start.saturating_add(len) > layout::HIGH_RAM_START {
+                return refuse("must start at or above 1 MiB, behind the boot information");
+            }
+            continue;
         }
         if start < end {
             return refuse("overlaps another segment");
