@@ -63,8 +63,13 @@ impl VmConfig {
     /// Checks every rule that can be checked without looking at the machine.
     ///
     /// # Errors
-    /// All the rules broken, in the order of the schema; never an empty list.
-    pub fn validate(&self, stage: Stage) -> Result<(), Vec<ConfigError>> {
+    /// The first rule broken, in the order of the schema; [`VmConfig::problems`] has them all.
+    pub fn validate(&self, stage: Stage) -> Result<(), ConfigError> {
+        first(self.problems(stage))
+    }
+
+    /// All the rules that the configuration breaks, in the order of the schema.
+    pub fn problems(&self, stage: Stage) -> Vec<ConfigError> {
         let mut found = Findings(Vec::new());
         cpus(&self.cpus, &mut found);
         memory(&self.memory, &mut found);
@@ -113,7 +118,7 @@ impl VmConfig {
         segments(self, &mut found);
         unsupported(self, &mut found);
         identifiers(self, &mut found);
-        if found.0.is_empty() { Ok(()) } else { Err(found.0) }
+        found.0
     }
 
     /// Gives the VM the size that its pod's limits come to.
@@ -153,8 +158,8 @@ impl DiskConfig {
     /// Checks one disk (`vm.add-disk`).
     ///
     /// # Errors
-    /// The rules broken.
-    pub fn validate(&self) -> Result<(), Vec<ConfigError>> {
+    /// The first rule broken.
+    pub fn validate(&self) -> Result<(), ConfigError> {
         single(self.id.as_deref(), |found| check_disk(self, "disk", found))
     }
 }
@@ -163,8 +168,8 @@ impl NetConfig {
     /// Checks one network device (`vm.add-net`).
     ///
     /// # Errors
-    /// The rules broken.
-    pub fn validate(&self) -> Result<(), Vec<ConfigError>> {
+    /// The first rule broken.
+    pub fn validate(&self) -> Result<(), ConfigError> {
         single(self.id.as_deref(), |found| check_net(self, "net", found))
     }
 }
@@ -173,8 +178,8 @@ impl FsConfig {
     /// Checks one shared file system (`vm.add-fs`).
     ///
     /// # Errors
-    /// The rules broken.
-    pub fn validate(&self) -> Result<(), Vec<ConfigError>> {
+    /// The first rule broken.
+    pub fn validate(&self) -> Result<(), ConfigError> {
         single(self.id.as_deref(), |found| check_fs(self, "fs", found))
     }
 }
@@ -183,19 +188,23 @@ impl VsockConfig {
     /// Checks one socket device (`vm.add-vsock`).
     ///
     /// # Errors
-    /// The rules broken.
-    pub fn validate(&self) -> Result<(), Vec<ConfigError>> {
+    /// The first rule broken.
+    pub fn validate(&self) -> Result<(), ConfigError> {
         single(self.id.as_deref(), |found| check_vsock(self, "vsock", found))
     }
 }
 
-fn single(id: Option<&str>, check: impl FnOnce(&mut Findings)) -> Result<(), Vec<ConfigError>> {
+fn first(found: Vec<ConfigError>) -> Result<(), ConfigError> {
+    found.into_iter().next().map_or(Ok(()), Err)
+}
+
+fn single(id: Option<&str>, check: impl FnOnce(&mut Findings)) -> Result<(), ConfigError> {
     let mut found = Findings(Vec::new());
     check(&mut found);
     if let Some(id) = id {
         identifier("id", id, &mut found);
     }
-    if found.0.is_empty() { Ok(()) } else { Err(found.0) }
+    first(found.0)
 }
 
 fn cpus(cpus: &CpusConfig, found: &mut Findings) {
