@@ -2,15 +2,19 @@
 //! SNP ioctls) and `emulated` (an in-process model of KVM and the AMD firmware) implement it. The launch digest,
 //! VMSA, ID block, reports, certificates and their verification need no /dev/kvm.
 
+pub mod chain;
 pub mod cpuid;
 pub mod digest;
 mod ecdsa;
 pub mod emulated;
 mod fpu;
+pub mod guest_message;
 pub mod id_block;
 pub mod launch;
 pub mod processor;
+pub mod report;
 pub mod rmp;
 #[cfg(test)]
 mod testing;
 pub mod vcpu_state;
+pub mod verify;

@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use super::runtime::{HV_FEATURES, Runtime};
 use crate::digest::Page;
 
+const RAX: u64 = 0x1F8;
 const RBX: u64 = 0x318;
 const EXIT_CODE: u64 = 0x390;
 const EXIT_INFO_1: u64 = 0x398;
@@ -21,6 +22,8 @@ const USAGE: u64 = 0xFFC;
 /// Events (`SVM_VMGEXIT_*`).
 mod event {
     pub(super) const PSC: u64 = 0x8000_0010;
+    pub(super) const GUEST_REQUEST: u64 = 0x8000_0011;
+    pub(super) const EXT_GUEST_REQUEST: u64 = 0x8000_0012;
     pub(super) const HV_FEATURES: u64 = 0x8000_FFFD;
     pub(super) const TERMINATION: u64 = 0x8000_FFFE;
 }
@@ -31,6 +34,7 @@ enum Malformed {
     Usage = 2,
     ScratchArea = 3,
     MissingInput = 4,
+    InvalidInput = 5,
     UnknownEvent = 6,
 }
 
@@ -44,6 +48,8 @@ const PSC_INVALID_ENTRY: u64 = 1 << 32 | 2;
 const PSC_MAX_ENTRIES: u16 = 253;
 const PSC_HEADER: u64 = 8;
 const PSC_ENTRY: u64 = 8;
+/// Extended guest request: too few pages for the certificates.
+const TOO_FEW_PAGES: u64 = 1 << 32;
 
 /// How a VMGEXIT ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +147,7 @@ fn dispatch(runtime: &Runtime, ghcb: &Ghcb) -> Result<Outcome, Malformed> {
         return Err(Malformed::Usage);
     }
     let code = ghcb.field(EXIT_CODE)?;
-    let (info_1, _info_2) = (ghcb.field(EXIT_INFO_1)?, ghcb.field(EXIT_INFO_2)?);
+    let (info_1, info_2) = (ghcb.field(EXIT_INFO_1)?, ghcb.field(EXIT_INFO_2)?);
     let answer = |info_2| Outcome::Answer { info_2, rbx: None };
     match code {
         event::PSC => Ok(answer(page_state_change(runtime, ghcb)?)),
@@ -153,8 +159,62 @@ fn dispatch(runtime: &Runtime, ghcb: &Ghcb) -> Result<Outcome, Malformed> {
                 code: low >> 4 | high << 4,
             })
         }
+        event::GUEST_REQUEST => {
+            check_message_pages(runtime, info_1, info_2)?;
+            Ok(answer(u64::from(runtime.guest_message(info_1, info_2))))
+        }
+        event::EXT_GUEST_REQUEST => {
+            check_message_pages(runtime, info_1, info_2)?;
+            extended(runtime, ghcb, info_1, info_2)
+        }
         _ => Err(Malformed::UnknownEvent),
     }
+}
+
+/// Request and response pages: aligned, distinct, shared.
+fn check_message_pages(runtime: &Runtime, request: u64, response: u64) -> Result<(), Malformed> {
+    let aligned = request.is_multiple_of(PAGE_SIZE) && response.is_multiple_of(PAGE_SIZE);
+    let shared = |gpa| runtime.pages().is_shared(gpa, PAGE_SIZE);
+    if aligned && request != response && shared(request) && shared(response) {
+        Ok(())
+    } else {
+        Err(Malformed::InvalidInput)
+    }
+}
+
+/// The extended request: the certificate table goes to the pages at RAX, if RBX says there are enough of them.
+fn extended(runtime: &Runtime, ghcb: &Ghcb, request: u64, response: u64) -> Result<Outcome, Malformed> {
+    let (rax, rbx) = (ghcb.field(RAX)?, ghcb.field(RBX)?);
+    let table = runtime
+        .guest()
+        .as_ref()
+        .map(|guest| guest.certificates())
+        .unwrap_or_default();
+    let needed = (table.len() as u64).div_ceil(PAGE_SIZE);
+    if rbx < needed {
+        return Ok(Outcome::Answer {
+            info_2: TOO_FEW_PAGES,
+            rbx: Some(needed),
+        });
+    }
+    let pages = rax..rax.saturating_add(needed * PAGE_SIZE);
+    let clash = pages.contains(&request) || pages.contains(&response) || pages.contains(&ghcb.gpa);
+    let fits = rax.is_multiple_of(PAGE_SIZE) && runtime.pages().is_shared(rax, needed * PAGE_SIZE);
+    if needed > 0 {
+        if clash || !fits {
+            return Err(Malformed::InvalidInput);
+        }
+        let mut bytes = table.to_vec();
+        bytes.resize(usize::try_from(needed * PAGE_SIZE).unwrap_or(0), 0);
+        runtime
+            .memory()
+            .write_slice(&bytes, GuestAddress(rax))
+            .map_err(|_| Malformed::InvalidInput)?;
+    }
+    Ok(Outcome::Answer {
+        info_2: u64::from(runtime.guest_message(request, response)),
+        rbx: None,
+    })
 }
 
 /// The batch of page-state changes in the shared buffer; sw_exit_info_2 of the answer.

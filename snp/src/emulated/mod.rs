@@ -11,7 +11,7 @@ mod runtime;
 mod scrub;
 mod vmsa;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -25,6 +25,7 @@ pub use runtime::{Runtime, RuntimeOptions};
 use self::error::Refusal;
 use self::psp::{Launch, Slot};
 use self::runtime::lock;
+use crate::chain::SigningChain;
 use crate::processor::{
     LaunchFinish, LaunchUpdate, MemoryRegion, MsrOutcome, Processor, ProcessorError, ProcessorKind,
 };
@@ -61,6 +62,8 @@ pub struct Options {
     pub processor_signature: u32,
     /// The guest's side.
     pub runtime: RuntimeOptions,
+    /// Who signs reports; None: the test chain that podvisor ships.
+    pub chain: Option<Arc<SigningChain>>,
     /// Faults.
     pub injection: Injection,
 }
@@ -73,6 +76,7 @@ impl Default for Options {
             abi_version: (1, 55),
             processor_signature: 0x00A0_0F11,
             runtime: RuntimeOptions::default(),
+            chain: None,
             injection: Injection::default(),
         }
     }
@@ -206,7 +210,13 @@ impl Processor for Emulated {
         let features = launch.features();
         let vmsas = self.seal(vcpus, features).map_err(|refusal| refusal.of(OP))?;
         let context = launch.finish(&vmsas, finish).map_err(|refusal| refusal.of(OP))?;
-        self.runtime.start(Guest::new(context), features);
+        let chain = match &self.options.chain {
+            Some(chain) => Arc::clone(chain),
+            None => SigningChain::test_chain()
+                .map_err(|error| Refusal::new(libc::EIO, fw::RESOURCE_LIMIT, error.to_string()).of(OP))?,
+        };
+        self.runtime
+            .start(Guest::new(context, chain, self.options.processor_signature), features);
         Ok(())
     }
 
