@@ -3,8 +3,7 @@
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-use crate::digest::Page;
-use podvisor_firmware::plan::PAGE_SIZE;
+use crate::digest::{PAGE_LEN, Page};
 
 /// Most entries in a CPUID page.
 pub const MAX_ENTRIES: usize = 64;
@@ -151,7 +150,7 @@ fn sanitise(leaf: &mut Leaf) -> bool {
 /// The page that holds `leaves`; those past [`MAX_ENTRIES`] are left out.
 #[must_use]
 pub fn page(leaves: &[Leaf]) -> Page {
-    let mut page = [0; PAGE_SIZE as usize];
+    let mut page = [0; PAGE_LEN];
     let count = leaves.len().min(MAX_ENTRIES);
     if let Some(to) = page.first_chunk_mut::<4>() {
         *to = u32::try_from(count).unwrap_or(0).to_le_bytes();

@@ -13,10 +13,14 @@ pub const DIGEST_LEN: usize = 48;
 /// Most pages that one launch may hand to the firmware (64 GiB): a bound on the time a hostile image can take.
 pub const MAX_PAGES: u64 = 1 << 24;
 
-/// Bytes of one page.
-pub type Page = [u8; PAGE_SIZE as usize];
+/// [`PAGE_SIZE`] as a length.
+pub const PAGE_LEN: usize = 4096;
+const _: () = assert!(PAGE_LEN as u64 == PAGE_SIZE);
 
-const PAGE_INFO_LEN: usize = 0x70;
+/// Bytes of one page.
+pub type Page = [u8; PAGE_LEN];
+
+const PAGE_INFO_LEN: u16 = 0x70;
 /// Page type VMSA of `PAGE_INFO`; user space never passes it to KVM.
 const TYPE_VMSA: u8 = 2;
 
@@ -96,11 +100,11 @@ impl LaunchDigest {
     }
 
     fn chain(&mut self, page_type: u8, gpa: u64, contents: &[u8; DIGEST_LEN]) {
-        let mut info = [0u8; PAGE_INFO_LEN];
+        let mut info = [0u8; PAGE_INFO_LEN as usize];
         let fields: [(usize, &[u8]); 5] = [
             (0x00, &self.current),
             (0x30, contents),
-            (0x60, &(PAGE_INFO_LEN as u16).to_le_bytes()),
+            (0x60, &PAGE_INFO_LEN.to_le_bytes()),
             (0x62, &[page_type]),
             (0x68, &gpa.to_le_bytes()),
         ];
@@ -178,7 +182,7 @@ pub fn predict(plan: &LaunchPlan<'_>, vcpus: u32) -> Result<Prediction, PredictE
     }
     let mut chain = LaunchDigest::new();
     let mut measured = 0;
-    let zero_page = sha384(&[0; PAGE_SIZE as usize]);
+    let zero_page = sha384(&[0; PAGE_LEN]);
     for range in firmware_steps(plan) {
         let range = range?;
         if chain.pages().saturating_add(range.len / PAGE_SIZE) > MAX_PAGES {
@@ -277,15 +281,15 @@ pub(crate) fn firmware_steps<'p>(
 
 /// The pages of `[gpa, gpa + len)` with the part of `data` in each (empty past its end).
 fn pages_of(gpa: u64, len: u64, data: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
-    let mut chunks = data.chunks(PAGE_SIZE as usize);
+    let mut chunks = data.chunks(PAGE_LEN);
     (0..len / PAGE_SIZE).map(move |page| (gpa + page * PAGE_SIZE, chunks.next().unwrap_or(&[])))
 }
 
 fn hash_page(data: &[u8]) -> [u8; DIGEST_LEN] {
-    if data.len() == PAGE_SIZE as usize {
+    if data.len() == PAGE_LEN {
         return sha384(data);
     }
-    let mut page = [0; PAGE_SIZE as usize];
+    let mut page = [0; PAGE_LEN];
     if let Some(to) = page.get_mut(..data.len()) {
         to.copy_from_slice(data);
     }

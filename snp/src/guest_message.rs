@@ -2,9 +2,8 @@
 //! messages ask for is answered in `emulated::guest`; a guest's side (tests, tools) uses the same functions.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-use podvisor_firmware::plan::PAGE_SIZE;
 
-use crate::digest::Page;
+use crate::digest::{PAGE_LEN, Page};
 
 /// Bytes in a header.
 pub const HEADER_LEN: usize = 0x60;
@@ -132,7 +131,7 @@ pub fn seal(header: &Header, payload: &[u8], key: &[u8; 32]) -> Result<Box<Page>
         return Err(MessageError::Header("MSG_SIZE"));
     }
     let len = u16::try_from(payload.len()).map_err(|_| MessageError::Header("MSG_SIZE"))?;
-    let mut page = Box::new([0; PAGE_SIZE as usize]);
+    let mut page = Box::new([0; PAGE_LEN]);
     let (head, body) = page.split_at_mut(HEADER_LEN);
     let mut put = |offset: usize, bytes: &[u8]| {
         if let Some(to) = head.get_mut(offset..offset + bytes.len()) {

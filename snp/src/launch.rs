@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::cpuid;
-use crate::digest::{PageRange, PredictError, Prediction, firmware_steps, predict};
+use crate::digest::{PAGE_LEN, PageRange, PredictError, Prediction, firmware_steps, predict};
 use crate::id_block;
 use crate::processor::{LaunchFinish, LaunchUpdate, Processor, ProcessorError, ProcessorKind};
 use crate::vcpu_state::{self, RegisterError};
@@ -29,7 +29,7 @@ const SCRATCH_PAGES: usize = 64;
 /// Pages that KVM may be pointed at.
 #[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
-struct AlignedPage([u8; PAGE_SIZE as usize]);
+struct AlignedPage([u8; PAGE_LEN]);
 
 /// What a launch is given beside the plan.
 #[derive(Clone, Debug, Default)]
@@ -312,7 +312,7 @@ impl Importer<'_> {
         if range.kind == PageKind::Zero {
             return self.import(range.gpa, range.len, &[], range.kind);
         }
-        let page = PAGE_SIZE as usize;
+        let page = PAGE_LEN;
         let direct = if range.data.as_ptr().addr().is_multiple_of(page) {
             range.data.len() / page * page
         } else {
@@ -336,8 +336,8 @@ impl Importer<'_> {
     /// The scratch buffer with `data[part]`, zeros past the end of the data.
     fn fill(&mut self, data: &[u8], part: Range<usize>) -> Vec<AlignedPage> {
         let mut scratch = std::mem::take(&mut self.scratch);
-        let pages = part.len() / PAGE_SIZE as usize;
-        scratch.resize(pages, AlignedPage([0; PAGE_SIZE as usize]));
+        let pages = part.len() / PAGE_LEN;
+        scratch.resize(pages, AlignedPage([0; PAGE_LEN]));
         let data = data
             .get(part.start.min(data.len())..part.end.min(data.len()))
             .unwrap_or(&[]);
@@ -392,7 +392,7 @@ impl Importer<'_> {
 
     fn cpuid_page(&mut self, gpa: u64, leaves: &[cpuid::Leaf]) -> Result<(), LaunchError> {
         let source = AlignedPage(cpuid::page(leaves));
-        let mut corrected = AlignedPage([0; PAGE_SIZE as usize]);
+        let mut corrected = AlignedPage([0; PAGE_LEN]);
         let mut update = LaunchUpdate {
             gfn: gpa / PAGE_SIZE,
             source: source.as_bytes(),

@@ -53,11 +53,14 @@ pub struct LaunchUpdate<'s> {
     pub kind: PageKind,
 }
 
+/// The 96-byte ID block and the 4096-byte ID authentication information.
+pub type IdBlockPages = (Box<[u8; 96]>, Box<[u8; 4096]>);
+
 /// `KVM_SEV_SNP_LAUNCH_FINISH`.
 #[derive(Clone, Debug, Default)]
 pub struct LaunchFinish {
-    /// The 96-byte ID block and the 4096-byte ID authentication information.
-    pub id_block: Option<(Box<[u8; 96]>, Box<[u8; 4096]>)>,
+    /// The ID block, if the image has one.
+    pub id_block: Option<IdBlockPages>,
     /// Whether the author key is used.
     pub author_key_enabled: bool,
     /// HOST_DATA of every report of this guest.

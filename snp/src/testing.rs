@@ -8,8 +8,11 @@ use podvisor_firmware::plan::{
 };
 
 /// Page `s` of the synthetic vectors: byte `i` is `(s + 7 * i) mod 256`.
-pub(crate) fn synthetic_page(s: usize) -> Vec<u8> {
-    (0..4096usize).map(|i| ((s + 7 * i) % 256) as u8).collect()
+pub(crate) fn synthetic_page(s: u8) -> Vec<u8> {
+    (0..16)
+        .flat_map(|_| 0..=u8::MAX)
+        .map(|i| s.wrapping_add(i.wrapping_mul(7)))
+        .collect()
 }
 
 /// The vCPU state of the synthetic vectors.

@@ -1,4 +1,13 @@
 //! The guest's side of the emulation: GHCB MSR protocol, validation, GHCB page. No KVM.
+#![allow(
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "test code"
+)]
 
 #[path = "common/guest.rs"]
 mod guest;

@@ -1,4 +1,13 @@
 //! The launch path against the emulated processor on a real KVM VM.
+#![allow(
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "test code"
+)]
 
 mod common;
 

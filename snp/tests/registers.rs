@@ -1,4 +1,13 @@
 //! What KVM gives back of the registers it was told: the digest stands on it.
+#![allow(
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    reason = "test code"
+)]
 
 mod common;
 

@@ -5,7 +5,7 @@ use podvisor_firmware::plan::PAGE_SIZE;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::runtime::{HV_FEATURES, Runtime};
-use crate::digest::Page;
+use crate::digest::{PAGE_LEN, Page};
 
 const RAX: u64 = 0x1F8;
 const RBX: u64 = 0x318;
@@ -94,7 +94,7 @@ impl Ghcb {
 /// # Errors
 /// When guest memory cannot be read or written: it is not RAM.
 pub(super) fn handle(runtime: &Runtime, gpa: u64) -> Result<Exit, GuestMemoryError> {
-    let mut page = Box::new([0; PAGE_SIZE as usize]);
+    let mut page = Box::new([0; PAGE_LEN]);
     runtime.memory().read_slice(&mut page[..], GuestAddress(gpa))?;
     let ghcb = Ghcb { gpa, page };
     let answer = match dispatch(runtime, &ghcb) {
@@ -221,7 +221,7 @@ fn extended(runtime: &Runtime, ghcb: &Ghcb, request: u64, response: u64) -> Resu
 fn page_state_change(runtime: &Runtime, ghcb: &Ghcb) -> Result<u64, Malformed> {
     let scratch = ghcb.field(SCRATCH)?;
     let offset = scratch.checked_sub(ghcb.gpa).ok_or(Malformed::ScratchArea)?;
-    if offset < SHARED_BUFFER || offset > SHARED_BUFFER_END - PSC_HEADER {
+    if !(SHARED_BUFFER..=SHARED_BUFFER_END - PSC_HEADER).contains(&offset) {
         return Err(Malformed::ScratchArea);
     }
     let first = u16::from_le_bytes(read(&ghcb.page, offset));

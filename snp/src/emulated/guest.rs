@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use aws_lc_rs::hmac;
-use podvisor_firmware::plan::PAGE_SIZE;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::error::fw;
@@ -11,7 +10,7 @@ use super::psp::GuestContext;
 use super::runtime::Runtime;
 use crate::chain::SigningChain;
 use crate::cpuid;
-use crate::digest::Page;
+use crate::digest::{PAGE_LEN, Page};
 use crate::guest_message::{Header, MessageError, kind, open, seal};
 use crate::report::{REPORT_LEN, Report, ReportWriter, Tcb, at};
 
@@ -232,7 +231,7 @@ fn status_only(status: u32, len: usize) -> Vec<u8> {
 /// MSG_CPUID_REQ: a CPUID table is checked; it comes back, corrected where it has to be.
 fn cpuid_response(request: &[u8]) -> Vec<u8> {
     const HEADER: usize = 16;
-    let mut page: Page = [0; PAGE_SIZE as usize];
+    let mut page: Page = [0; PAGE_LEN];
     if let Some(to) = page.get_mut(..request.len()) {
         to.copy_from_slice(request);
     }
@@ -252,7 +251,7 @@ fn cpuid_response(request: &[u8]) -> Vec<u8> {
 impl Runtime {
     /// A guest request with its two pages, which the caller knows to be shared; the firmware's status.
     pub(super) fn guest_message(&self, request: u64, response: u64) -> u32 {
-        let mut page = Box::new([0; PAGE_SIZE as usize]);
+        let mut page = Box::new([0; PAGE_LEN]);
         if self.memory().read_slice(&mut page[..], GuestAddress(request)).is_err() {
             return fw::INVALID_PARAM;
         }

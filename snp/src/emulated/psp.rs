@@ -9,7 +9,7 @@ use super::error::{Refusal, fw};
 use super::runtime::Runtime;
 use super::{Injection, Options};
 use crate::cpuid::{self, Leaf};
-use crate::digest::{LaunchDigest, Page, sha384};
+use crate::digest::{LaunchDigest, PAGE_LEN, Page, sha384};
 use crate::id_block::{self, IdIdentity};
 use crate::processor::{LaunchFinish, LaunchUpdate};
 
@@ -264,7 +264,7 @@ fn check_arguments(update: &LaunchUpdate<'_>) -> Result<(), Refusal> {
         )));
     }
     let source = update.source.as_ptr().addr();
-    if update.kind != PageKind::Zero && !source.is_multiple_of(PAGE_SIZE as usize) {
+    if update.kind != PageKind::Zero && !source.is_multiple_of(PAGE_LEN) {
         return Err(Refusal::einval("the source buffer must be 4096-byte aligned"));
     }
     Ok(())
@@ -295,7 +295,7 @@ impl Launching {
             ));
         }
         let contents = match update.kind {
-            PageKind::Zero => [0; PAGE_SIZE as usize],
+            PageKind::Zero => [0; PAGE_LEN],
             PageKind::Secrets => secrets_page(options, &self.vmpck),
             PageKind::Cpuid => {
                 runtime.set_cpuid(self.accept_cpuid(&options.injection, &source, correction)?);
@@ -327,7 +327,7 @@ impl Launching {
             verdict = Err(Box::new(*page));
         }
         if let Err(corrected) = verdict {
-            if let Some(to) = correction.and_then(|to| to.get_mut(..PAGE_SIZE as usize)) {
+            if let Some(to) = correction.and_then(|to| to.get_mut(..PAGE_LEN)) {
                 to.copy_from_slice(&corrected[..]);
             }
             return Err(Refusal::firmware(
@@ -342,7 +342,7 @@ impl Launching {
 /// Page `index` of the source; zeros for ZERO pages. A short source faults, as an unmapped one does.
 fn source_page(update: &LaunchUpdate<'_>, index: u64) -> Result<Box<Page>, Refusal> {
     if update.kind == PageKind::Zero {
-        return Ok(Box::new([0; PAGE_SIZE as usize]));
+        return Ok(Box::new([0; PAGE_LEN]));
     }
     usize::try_from(index * PAGE_SIZE)
         .ok()
@@ -353,7 +353,7 @@ fn source_page(update: &LaunchUpdate<'_>, index: u64) -> Result<Box<Page>, Refus
 
 /// The secrets page (AMD 56860 table 71): version 3, family/model/stepping, VMPCKs; the OS area is the guest's.
 fn secrets_page(options: &Options, vmpck: &[[u8; 32]; VMPCKS]) -> Page {
-    let mut page = [0; PAGE_SIZE as usize];
+    let mut page = [0; PAGE_LEN];
     let mut put = |offset: usize, bytes: &[u8]| {
         if let Some(to) = page.get_mut(offset..offset + bytes.len()) {
             to.copy_from_slice(bytes);

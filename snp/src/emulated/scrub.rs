@@ -7,6 +7,7 @@
 
 use std::os::fd::AsRawFd;
 
+use crate::digest::PAGE_LEN;
 use podvisor_firmware::plan::PAGE_SIZE;
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -38,7 +39,7 @@ pub(super) fn scrub(memory: &GuestMemoryMmap<()>, gfn: u64, pages: u64) -> Resul
 }
 
 fn write_zeros(region: &GuestRegionMmap<()>, offset: MemoryRegionAddress, len: u64) -> Result<(), GuestMemoryError> {
-    let zeros = [0; PAGE_SIZE as usize];
+    let zeros = [0; PAGE_LEN];
     for page in 0..len / PAGE_SIZE {
         region.write_slice(&zeros, MemoryRegionAddress(offset.0 + page * PAGE_SIZE))?;
     }

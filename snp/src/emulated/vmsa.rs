@@ -2,9 +2,9 @@
 //! Layout: AMD APM volume 2, table B-4. On purpose not shared with `podvisor_firmware::vmsa`, on which predictions stand:
 //! the digest of the emulation is a second opinion.
 
-use podvisor_firmware::plan::{PAGE_SIZE, Segment, VcpuState};
+use podvisor_firmware::plan::{Segment, VcpuState};
 
-use crate::digest::Page;
+use crate::digest::{PAGE_LEN, Page};
 
 /// EFER.SVME: KVM sets it in every SNP guest's VMSA.
 pub(super) const EFER_SVME: u64 = 1 << 12;
@@ -40,7 +40,7 @@ pub(super) fn as_kvm_builds(state: &VcpuState) -> VcpuState {
 /// is the stack segment's DPL.
 #[must_use]
 pub(super) fn page(state: &VcpuState) -> Page {
-    let mut page = [0; PAGE_SIZE as usize];
+    let mut page = [0; PAGE_LEN];
     let mut put = |offset: usize, bytes: &[u8]| {
         if let Some(to) = page.get_mut(offset..offset + bytes.len()) {
             to.copy_from_slice(bytes);

@@ -172,7 +172,13 @@ pub(crate) fn pages(gpa: u64, len: u64, kind: PageKind, data: Vec<u8>) -> Step<'
 
 /// A plan with every kind of step.
 pub(crate) fn plan() -> LaunchPlan<'static> {
-    let bytes = |seed: usize, len: usize| (0..len).map(|i| (seed + i * 7 + i / 256) as u8).collect::<Vec<u8>>();
+    let bytes = |seed: u8, len: usize| {
+        (0..=u8::MAX)
+            .cycle()
+            .take(len)
+            .map(|i| seed.wrapping_add(i.wrapping_mul(7)))
+            .collect::<Vec<u8>>()
+    };
     let mut plan = LaunchPlan::new(Platform::SevSnp);
     plan.policy = Some(0x30000);
     plan.areas.push(ParameterArea {
