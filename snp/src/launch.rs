@@ -36,7 +36,8 @@ struct AlignedPage([u8; PAGE_LEN]);
 pub struct LaunchOptions {
     /// RAM to make private before the launch: all of it, unless the image says otherwise.
     pub private_ram: Vec<GpaRange>,
-    /// Contents of each parameter area of the plan, filled from the machine; at most the area's length, the rest is zero.
+    /// Contents of each parameter area of the plan, as `podvisor_firmware::parameters::fill` makes them from the
+    /// machine; at most the area's length, the rest is zero.
     pub areas: Vec<Vec<u8>>,
     /// HOST_DATA.
     pub host_data: [u8; 32],

@@ -1,6 +1,6 @@
-//! SEV-SNP for podvisor: the one launch path and what answers it. `processor` holds the trait, `hardware` (KVM's
-//! SNP ioctls) and `emulated` (an in-process model of KVM and the AMD firmware) implement it. The launch digest,
-//! VMSA, ID block, reports, certificates and their verification need no /dev/kvm.
+//! SEV-SNP for podvisor: the one launch path (`launch`) and what answers it. `processor` holds the trait; `emulated`, an
+//! in-process model of KVM and the AMD firmware, implements it. The launch digest, ID blocks, guest messages,
+//! reports, certificates and their verification need no /dev/kvm.
 
 pub mod chain;
 pub mod cpuid;

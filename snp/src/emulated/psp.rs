@@ -26,8 +26,7 @@ pub(super) struct Slot {
     pub(super) pages: u64,
 }
 
-/// The guest context of the firmware while and after it is launched.
-#[derive(Clone, Debug)]
+/// The guest context of the firmware after the launch. It holds keys, so it has no `Debug`.
 pub(crate) struct GuestContext {
     pub(crate) policy: u64,
     pub(crate) digest: [u8; 48],

@@ -93,3 +93,42 @@ pub(super) fn page(state: &VcpuState) -> Page {
     put(0x410, &state.x87_fcw.to_le_bytes());
     page
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use podvisor_firmware::vmsa::vmsa_page;
+    use proptest::prelude::*;
+
+    fn segment() -> impl Strategy<Value = Segment> {
+        (any::<u16>(), 0u16..0x1000, any::<u32>(), any::<u64>()).prop_map(|(selector, attrib, limit, base)| Segment {
+            selector,
+            attrib,
+            limit,
+            base,
+        })
+    }
+
+    proptest! {
+        /// The page that predictions stand on, written by other code.
+        #[test]
+        fn both_writers_of_the_page_agree(
+            segments in proptest::array::uniform10(segment()),
+            words in proptest::array::uniform32(any::<u64>()),
+            mxcsr: u32,
+            x87_fcw: u16,
+        ) {
+            let [es, cs, ss, ds, fs, gs, gdtr, idtr, ldtr, tr] = segments;
+            let [rax, rbx, rcx, rdx, rsi, rdi, rbp, rsp, r8, r9, r10, r11, r12, r13, r14, r15, rip, flags, ..] = words;
+            let [.., efer, cr0, cr3, cr4, dr6, dr7, pat, xcr0, sev_features] = words;
+            let state = VcpuState {
+                rax, rbx, rcx, rdx, rsi, rdi, rbp, rsp, r8, r9, r10, r11, r12, r13, r14, r15, rip,
+                // KVM sets bit 1 in the register itself.
+                rflags: flags | 2,
+                es, cs, ss, ds, fs, gs, gdtr, idtr, ldtr, tr, efer, cr0, cr3, cr4, dr6, dr7, pat, xcr0, mxcsr,
+                x87_fcw, sev_features,
+            };
+            prop_assert_eq!(&page(&as_kvm_builds(&state))[..], &vmsa_page(&state)[..]);
+        }
+    }
+}
