@@ -1,5 +1,8 @@
 //! Runs a command to its end and reports what the kernel accounted for it.
-#![expect(unsafe_code, reason = "wait4 is the only call that returns a child's own resource usage")]
+#![expect(
+    unsafe_code,
+    reason = "wait4 is the only call that returns a child's own resource usage"
+)]
 
 use std::io;
 use std::process::{Command, Stdio};

@@ -24,7 +24,12 @@ impl CpuidTemplate {
     ///
     /// # Errors
     /// When KVM does not answer.
-    pub fn new(kvm: &Kvm, vcpus: u32, topology: Option<Topology>, max_phys_bits: u8) -> Result<Self, kvm_ioctls::Error> {
+    pub fn new(
+        kvm: &Kvm,
+        vcpus: u32,
+        topology: Option<Topology>,
+        max_phys_bits: u8,
+    ) -> Result<Self, kvm_ioctls::Error> {
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         Ok(Self {
             supported: supported.as_slice().to_vec(),
@@ -82,7 +87,11 @@ impl CpuidTemplate {
             // Intel: deterministic cache parameters share the caches as the topology says.
             4 if entry.eax & 0x1F != 0 => {
                 let level = (entry.eax >> 5) & 7;
-                let sharing = if level < 3 { self.topology.threads_per_core } else { self.threads_per_package() };
+                let sharing = if level < 3 {
+                    self.topology.threads_per_core
+                } else {
+                    self.threads_per_package()
+                };
                 entry.eax = (entry.eax & 0x3FFF)
                     | (sharing.saturating_sub(1) & 0xFFF) << 14
                     | (self.topology.cores_per_package.saturating_sub(1) & 0x3F) << 26;
@@ -95,7 +104,11 @@ impl CpuidTemplate {
             // AMD: the same caches in leaf 0x8000001D.
             0x8000_001D if entry.eax & 0x1F != 0 => {
                 let level = (entry.eax >> 5) & 7;
-                let sharing = if level < 3 { self.topology.threads_per_core } else { self.threads_per_package() };
+                let sharing = if level < 3 {
+                    self.topology.threads_per_core
+                } else {
+                    self.threads_per_package()
+                };
                 entry.eax = (entry.eax & 0x3FFF) | (sharing.saturating_sub(1) & 0xFFF) << 14;
             }
             0x8000_001E => {
@@ -123,16 +136,18 @@ impl CpuidTemplate {
         [0xB, 0x1F]
             .into_iter()
             .flat_map(|function| {
-                (0u32..).zip(levels).map(move |(level, (kind, shift, count))| kvm_cpuid_entry2 {
-                    function,
-                    index: level,
-                    flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-                    eax: shift,
-                    ebx: count,
-                    ecx: kind << 8 | level,
-                    edx: index,
-                    ..Default::default()
-                })
+                (0u32..)
+                    .zip(levels)
+                    .map(move |(level, (kind, shift, count))| kvm_cpuid_entry2 {
+                        function,
+                        index: level,
+                        flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                        eax: shift,
+                        ebx: count,
+                        ecx: kind << 8 | level,
+                        edx: index,
+                        ..Default::default()
+                    })
             })
             .collect()
     }
@@ -154,7 +169,12 @@ mod tests {
             ..Default::default()
         };
         CpuidTemplate {
-            supported: vec![leaf(1, 0), leaf(0xB, 0), leaf(0x8000_0008, 0x3030), leaf(0x8000_001E, 0)],
+            supported: vec![
+                leaf(1, 0),
+                leaf(0xB, 0),
+                leaf(0x8000_0008, 0x3030),
+                leaf(0x8000_001E, 0),
+            ],
             topology: Topology {
                 threads_per_core: 1,
                 cores_per_package: vcpus,
@@ -180,7 +200,11 @@ mod tests {
     #[test]
     fn topology_levels_are_wide_enough() {
         assert_eq!([width(1), width(2), width(3), width(4), width(255)], [0, 1, 2, 2, 8]);
-        let levels: Vec<_> = template(3).extended_topology(2).into_iter().filter(|e| e.function == 0xB).collect();
+        let levels: Vec<_> = template(3)
+            .extended_topology(2)
+            .into_iter()
+            .filter(|e| e.function == 0xB)
+            .collect();
         assert_eq!(levels[1].eax, 2);
         assert_eq!(levels[1].ebx, 3);
     }

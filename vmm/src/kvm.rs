@@ -84,7 +84,9 @@ impl Hypervisor for KvmHypervisor {
         let mut table = lock(&self.routes.table);
         let reserved = table.reserved.saturating_add(u32::from(count));
         if reserved > MAX_ROUTES - FIRST_MSI_GSI {
-            return Err(io::Error::other("no interrupt vectors are left: the pod has too many devices"));
+            return Err(io::Error::other(
+                "no interrupt vectors are left: the pod has too many devices",
+            ));
         }
         table.reserved = reserved;
         drop(table);

@@ -103,7 +103,10 @@ impl Subscriber for Log {
         let Ok(mut out) = self.out.lock() else { return };
         let dropped = self.dropped.swap(0, Ordering::Relaxed);
         if dropped > 0 {
-            let _ = writeln!(out, "podvisor: WARN: {dropped} log lines were dropped: the log was not being read");
+            let _ = writeln!(
+                out,
+                "podvisor: WARN: {dropped} log lines were dropped: the log was not being read"
+            );
         }
         let _ = out.write_all(line.0.as_bytes());
     }

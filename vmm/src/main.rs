@@ -1,2 +1,8 @@
 //! The podvisor command.
-fn main() {}
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+fn main() -> ExitCode {
+    podvisor::cli::run(Instant::now())
+}

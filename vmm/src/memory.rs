@@ -127,9 +127,7 @@ impl GuestRam {
             let (gpa, len) = (slot.gpa, slot.len);
             let fail = |source| RamError::Slot { gpa, len, source };
             match processor {
-                Some(processor) => processor
-                    .map_region(vm, &slot)
-                    .map_err(|e| fail(io::Error::other(e)))?,
+                Some(processor) => processor.map_region(vm, &slot).map_err(|e| fail(io::Error::other(e)))?,
                 None => set_slot(vm, &slot).map_err(fail)?,
             }
         }
@@ -179,7 +177,11 @@ fn map(gpa: u64, len: u64, options: &RamOptions) -> io::Result<GuestRegionMmap> 
     if options.shared || options.hugepages {
         let file = sys::memfd(c"podvisor-ram", options.hugepages)?;
         file.set_len(len)?;
-        let sharing = if options.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        let sharing = if options.shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
         builder = builder
             .with_mmap_flags(sharing | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::new(file, 0))
@@ -251,7 +253,16 @@ mod tests {
     #[test]
     fn shared_and_private_ram_hold_what_is_written() {
         for shared in [false, true] {
-            let ram = GuestRam::new(4 << 20, &RamOptions { shared, thp: true, secret: true, ..Default::default() }).unwrap();
+            let ram = GuestRam::new(
+                4 << 20,
+                &RamOptions {
+                    shared,
+                    thp: true,
+                    secret: true,
+                    ..Default::default()
+                },
+            )
+            .unwrap();
             let launch = ram.launch_memory().unwrap();
             launch.write_obj(0x1234_5678u32, GuestAddress(0x20_0000)).unwrap();
             let pod = ram.pod_memory(None).unwrap();

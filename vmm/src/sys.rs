@@ -22,6 +22,17 @@ pub fn memfd(name: &CStr, hugepages: bool) -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
+/// Maps `file` for reading. What another process changes in it meanwhile is seen; a file that is cut while it is mapped
+/// ends the process when the lost part is read, so images must not be changed in place.
+///
+/// # Errors
+/// As the system call.
+pub fn map_file(file: &File) -> io::Result<memmap2::Mmap> {
+    // SAFETY: the mapping is private and read-only, and its bytes are parsed as untrusted data: no type relies on them
+    // keeping a value.
+    unsafe { memmap2::Mmap::map(file) }
+}
+
 /// Advises the kernel about `[address, address + len)` of this process (`madvise(2)`). Only advice that keeps the
 /// contents may be given.
 ///

@@ -26,7 +26,12 @@ struct Options {
 
 fn compile(out: &Path, source: &str, flags: &[&str]) -> Result<String, Box<dyn Error>> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest").join(source);
-    let status = Command::new("cc").args(flags).arg("-o").arg(out).arg(&source).status()?;
+    let status = Command::new("cc")
+        .args(flags)
+        .arg("-o")
+        .arg(out)
+        .arg(&source)
+        .status()?;
     if !status.success() {
         return Err(format!("cc could not build {}", source.display()).into());
     }
@@ -50,10 +55,26 @@ fn measure(options: &Options, dir: &Path) -> Result<(), Box<dyn Error>> {
     )?;
     let floor = compile(&dir.join("floor"), "floor.c", &["-O2"])?;
     let podvisor = options.podvisor.to_string_lossy().into_owned();
-    let pod = ["--kernel", &hello, "--cpus", "boot=1", "--memory", "size=2G", "--serial", "tty", "--console", "off"];
+    let pod = [
+        "--kernel",
+        &hello,
+        "--cpus",
+        "boot=1",
+        "--memory",
+        "size=2G",
+        "--serial",
+        "tty",
+        "--console",
+        "off",
+    ];
     let commands = [
         ("floor", vec![floor, hello.clone()]),
-        ("podvisor", std::iter::once(podvisor).chain(pod.iter().map(ToString::to_string)).collect()),
+        (
+            "podvisor",
+            std::iter::once(podvisor)
+                .chain(pod.iter().map(ToString::to_string))
+                .collect(),
+        ),
     ];
     let mut samples: [Vec<Run>; 2] = [Vec::new(), Vec::new()];
     for round in 0..options.runs + 2 {
@@ -83,16 +104,25 @@ const FIGURES: [(&str, Figure); 4] = [
 fn report(options: &Options, names: &[&str; 2], samples: &[Vec<Run>; 2]) -> Result<(), Box<dyn Error>> {
     let mut json = serde_json::Map::new();
     if !options.json {
-        println!("{:<14} {:>10} {:>12} {:>12} {:>12}", "figure", "", "min", "median", "p90");
+        println!(
+            "{:<14} {:>10} {:>12} {:>12} {:>12}",
+            "figure", "", "min", "median", "p90"
+        );
     }
     for (figure, of) in FIGURES {
         let mut medians = Vec::new();
         for (name, runs) in names.iter().zip(samples) {
             let s = summary(&runs.iter().map(of).collect::<Vec<_>>()).ok_or("no runs")?;
             medians.push(s.median);
-            json.insert(format!("{name}_{figure}"), serde_json::json!({"min": s.min, "median": s.median, "p90": s.p90}));
+            json.insert(
+                format!("{name}_{figure}"),
+                serde_json::json!({"min": s.min, "median": s.median, "p90": s.p90}),
+            );
             if !options.json {
-                println!("{figure:<14} {name:>10} {:>12.2} {:>12.2} {:>12.2}", s.min, s.median, s.p90);
+                println!(
+                    "{figure:<14} {name:>10} {:>12.2} {:>12.2} {:>12.2}",
+                    s.min, s.median, s.p90
+                );
             }
         }
         if let [floor, podvisor] = medians.as_slice() {

@@ -1,6 +1,9 @@
 //! Getting a vCPU thread out of KVM_RUN: a signal whose handler sets `immediate_exit` in that thread's own run page,
 //! so that a kick which arrives just before KVM_RUN is not lost.
-#![expect(unsafe_code, reason = "a signal handler writes one byte of the thread's kvm_run page")]
+#![expect(
+    unsafe_code,
+    reason = "a signal handler writes one byte of the thread's kvm_run page"
+)]
 
 use std::cell::Cell;
 use std::io;

@@ -1,7 +1,7 @@
 //! What the kvm-ioctls exits do not tell: the element size of string port I/O and the details of an internal error.
 #![expect(unsafe_code, reason = "fields of unions in the kvm_run page")]
 
-use kvm_bindings::{KVM_EXIT_IO, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_OUT};
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_OUT};
 use kvm_ioctls::VcpuFd;
 
 /// Port I/O is at most this long in the run page: one page.
@@ -26,7 +26,9 @@ pub(crate) fn for_each_pio(vcpu: &mut VcpuFd, mut each: impl FnMut(Pio<'_>)) {
     let io = unsafe { run.__bindgen_anon_1.io };
     let size = usize::from(io.size).clamp(1, 8);
     let len = size * usize::try_from(io.count).unwrap_or(0).min(MAX_PIO / size);
-    let Ok(offset) = usize::try_from(io.data_offset) else { return };
+    let Ok(offset) = usize::try_from(io.data_offset) else {
+        return;
+    };
     // SAFETY: KVM keeps the data of port I/O in the page after kvm_run (`data_offset`), inside the same mapping, and
     // never more than a page of it; this thread owns the vCPU, so that nobody else touches it now.
     let data = unsafe { std::slice::from_raw_parts_mut((&raw mut *run).cast::<u8>().add(offset), len) };

@@ -1,6 +1,5 @@
 //! vCPU threads against real-mode guests of a few bytes.
 
-use kvm_bindings::kvm_segment;
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -46,11 +45,13 @@ fn start(code: &[u8]) -> Option<Guest> {
     vm.create_irq_chip().unwrap();
     let ram = GuestRam::new(1 << 20, &RamOptions::default()).unwrap();
     ram.give_to(&vm, None).unwrap();
-    ram.launch_memory().unwrap().write_slice(code, GuestAddress(0x1000)).unwrap();
+    ram.launch_memory()
+        .unwrap()
+        .write_slice(code, GuestAddress(0x1000))
+        .unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();
     let mut sregs = vcpu.get_sregs().unwrap();
-    let flat = |s: kvm_segment| kvm_segment { base: 0, selector: 0, ..s };
-    sregs.cs = flat(sregs.cs);
+    (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs).unwrap();
     let mut regs = vcpu.get_regs().unwrap();
     (regs.rip, regs.rflags, regs.rsp) = (0x1000, 2, 0x8000);
@@ -63,7 +64,13 @@ fn start(code: &[u8]) -> Option<Guest> {
         exit: Arc::clone(&exit),
     };
     let vcpus = Vcpus::start(vec![vcpu], &context).unwrap();
-    Some(Guest { vcpus: Some(vcpus), exit, io, _ram: ram, _vm: vm })
+    Some(Guest {
+        vcpus: Some(vcpus),
+        exit,
+        io,
+        _ram: ram,
+        _vm: vm,
+    })
 }
 
 /// Waits for the guest's end, as the control loop does.
@@ -88,7 +95,9 @@ fn reason(guest: &Guest) -> PodExit {
 #[test]
 fn port_and_memory_accesses_reach_the_devices() {
     // in al, 0x71; out 0x80, al; mov dx, 0x3f8; mov si, 0x1040; mov cx, 3; cld; rep outsb
-    let mut code = vec![0xE4, 0x71, 0xE6, 0x80, 0xBA, 0xF8, 0x03, 0xBE, 0x40, 0x10, 0xB9, 3, 0, 0xFC, 0xF3, 0x6E];
+    let mut code = vec![
+        0xE4, 0x71, 0xE6, 0x80, 0xBA, 0xF8, 0x03, 0xBE, 0x40, 0x10, 0xB9, 3, 0, 0xFC, 0xF3, 0x6E,
+    ];
     code.extend([0xB8, 0xFF, 0xFF, 0x8E, 0xD8]); // ds = 0xffff
     code.extend([0xC6, 0x06, 0x20, 0x00, 0x77]); // mov byte [0x20], 0x77: 0x100010
     code.extend([0xE6, 0x60, 0xFA, 0xF4]); // out 0x60, al; cli; hlt
@@ -98,7 +107,10 @@ fn port_and_memory_accesses_reach_the_devices() {
     assert_eq!(reason(&guest), PodExit::Shutdown);
     let seen = lock(&guest.io.0).clone();
     assert_eq!(seen[0], (0x80, vec![0x5A]));
-    assert_eq!(seen[1..4], [(0x3F8, vec![b'a']), (0x3F8, vec![b'b']), (0x3F8, vec![b'c'])]);
+    assert_eq!(
+        seen[1..4],
+        [(0x3F8, vec![b'a']), (0x3F8, vec![b'b']), (0x3F8, vec![b'c'])]
+    );
     assert_eq!(seen[4], (0x10_0010, vec![0x77]));
 }
 
@@ -120,7 +132,9 @@ fn a_looping_and_a_halted_guest_can_be_paused_resumed_and_stopped() {
 
 #[test]
 fn a_guest_that_powered_off_can_still_be_paused() {
-    let Some(mut guest) = start(&[0xE6, 0x60, 0xFA, 0xF4, 0xEB, 0xFE]) else { return };
+    let Some(mut guest) = start(&[0xE6, 0x60, 0xFA, 0xF4, 0xEB, 0xFE]) else {
+        return;
+    };
     assert_eq!(reason(&guest), PodExit::Shutdown);
     let vcpus = guest.vcpus.as_mut().unwrap();
     vcpus.pause();

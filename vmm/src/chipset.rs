@@ -1,0 +1,264 @@
+//! The fixed part of a pod's machine: the two buses, PCI segments, serial port, clock, ACPI registers. What a
+//! configuration adds as virtio devices is `registry`'s.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::MutEventSubscriber;
+use podvisor_api::types::{ConsoleMode, SerialConfig};
+use podvisor_devices::bus::{Bus, BusDevice, BusError, SharedBusDevice};
+use podvisor_devices::legacy::{
+    AcpiPower, Cmos, CpuHotplug, DebugPort, ExitReason, ExitSink, Ged, GedEvent, HotplugSink, I8042, Output,
+    PciHotplug, PmTimer, Serial, SerialSubscriber,
+    acpi_pm::{ACPI_POWER_SIZE, PM_TIMER_SIZE},
+    cmos::CMOS_SIZE,
+    hotplug::{CPU_HOTPLUG_SIZE, PCI_HOTPLUG_SIZE},
+    i8042::I8042_SIZE,
+    serial::SERIAL_SIZE,
+};
+use podvisor_devices::pci::{PciRoot, Window};
+use podvisor_firmware::acpi::AcpiMachine;
+use podvisor_firmware::layout;
+use podvisor_firmware::plan::GpaRange;
+
+use crate::kvm::KvmHypervisor;
+use crate::registry;
+use crate::vcpu::{ExitSignal, GuestIo, PodExit};
+
+/// Bytes of the PCI configuration ports.
+const PCI_CONFIG_PORTS: u64 = 8;
+
+/// Why the chipset cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum ChipsetError {
+    /// Two devices at one address: more segments or a narrower address space than the map has room for.
+    #[error("the guest's address map")]
+    Bus(#[from] BusError),
+    /// The serial port.
+    #[error("serial.{field}")]
+    Serial {
+        /// The field of the section.
+        field: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// The two buses, as vCPUs use them.
+#[derive(Default)]
+pub struct Buses {
+    /// Port I/O.
+    pub pio: Bus,
+    /// MMIO.
+    pub mmio: Arc<Bus>,
+}
+
+impl GuestIo for Buses {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        if !self.pio.read(port.into(), data) {
+            tracing::trace!("IN from port {port:#x}, where nothing is");
+        }
+    }
+
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        if !self.pio.write(port.into(), data) {
+            tracing::trace!("OUT to port {port:#x}, where nothing is");
+        }
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        if !self.mmio.read(gpa, data) {
+            tracing::trace!("read of {gpa:#x}, where nothing is");
+        }
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        if !self.mmio.write(gpa, data) {
+            tracing::trace!("write to {gpa:#x}, where nothing is");
+        }
+    }
+}
+
+/// Passes the guest's wish to end on to the control loop.
+struct Ends(Arc<ExitSignal>);
+
+impl ExitSink for Ends {
+    fn exit(&self, reason: ExitReason) {
+        self.0.give(match reason {
+            ExitReason::PowerOff => PodExit::Shutdown,
+            ExitReason::Reset => PodExit::Reset,
+        });
+    }
+}
+
+/// Nothing can be unplugged: ejections that the guest makes up change nothing.
+struct NoHotplug;
+
+impl HotplugSink for NoHotplug {
+    fn eject_slot(&self, segment: u16, slot: u8) {
+        tracing::debug!(segment, slot, "the guest ejects a device that was not unplugged");
+    }
+
+    fn eject_vcpu(&self, index: u32) {
+        tracing::debug!(index, "the guest ejects a vCPU that was not unplugged");
+    }
+}
+
+/// The fixed devices of a pod.
+pub struct Chipset {
+    /// The buses.
+    pub buses: Arc<Buses>,
+    /// PCI segments, in order.
+    pub segments: Vec<Arc<PciRoot>>,
+    ged: Arc<Mutex<Ged>>,
+    serial: Option<Arc<Mutex<Serial>>>,
+}
+
+fn shared(device: impl BusDevice + 'static) -> SharedBusDevice {
+    Arc::new(Mutex::new(device))
+}
+
+impl Chipset {
+    /// Builds the devices of `machine` with `memory` bytes of RAM.
+    ///
+    /// # Errors
+    /// [`ChipsetError`].
+    pub fn new(
+        machine: &AcpiMachine,
+        memory: u64,
+        serial: &SerialConfig,
+        kvm: &KvmHypervisor,
+        exit: &Arc<ExitSignal>,
+    ) -> Result<Self, ChipsetError> {
+        let buses = Arc::new(Buses::default());
+        let (pio, mmio) = (&buses.pio, &buses.mmio);
+        let ends: Arc<dyn ExitSink> = Arc::new(Ends(Arc::clone(exit)));
+        let below = memory.min(layout::MEM_32BIT_RESERVED_START);
+        let ports: [(u16, u64, SharedBusDevice); 5] = [
+            (
+                layout::CMOS_PORT,
+                CMOS_SIZE,
+                shared(Cmos::new(below, memory - below, Arc::clone(&ends))),
+            ),
+            (layout::DEBUG_PORT, 1, shared(DebugPort)),
+            (layout::I8042_PORT, I8042_SIZE, shared(I8042::new(Arc::clone(&ends)))),
+            (
+                layout::ACPI_SHUTDOWN_PORT,
+                ACPI_POWER_SIZE,
+                shared(AcpiPower::new(ends)),
+            ),
+            (layout::ACPI_PM_TIMER_PORT, PM_TIMER_SIZE, shared(PmTimer::new())),
+        ];
+        for (port, len, device) in ports {
+            pio.insert(port.into(), len, device)?;
+        }
+        let segments = pci(machine, &buses)?;
+        let area = machine.device_area();
+        let ged = Arc::new(Mutex::new(Ged::new(kvm.irq_line(layout::GED_IRQ))));
+        mmio.insert(area.ged, layout::GED_SIZE, Arc::clone(&ged) as SharedBusDevice)?;
+        let hotplug: Arc<dyn HotplugSink> = Arc::new(NoHotplug);
+        let count = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        let cpus = CpuHotplug::new(count(machine.vcpus), count(machine.max_vcpus), Arc::clone(&hotplug));
+        mmio.insert(area.cpu_hotplug, CPU_HOTPLUG_SIZE, shared(cpus))?;
+        mmio.insert(
+            area.pci_hotplug,
+            PCI_HOTPLUG_SIZE,
+            shared(PciHotplug::new(machine.segments, hotplug)),
+        )?;
+        let serial = serial_port(serial, kvm)?;
+        if let Some(serial) = &serial {
+            pio.insert(
+                layout::SERIAL_PORT.into(),
+                SERIAL_SIZE,
+                Arc::clone(serial) as SharedBusDevice,
+            )?;
+        }
+        Ok(Self {
+            buses,
+            segments,
+            ged,
+            serial,
+        })
+    }
+
+    /// What the event loop runs for these devices.
+    #[must_use]
+    pub fn subscribers(&self) -> Vec<Box<dyn MutEventSubscriber>> {
+        self.serial
+            .iter()
+            .map(|serial| Box::new(SerialSubscriber::new(Arc::clone(serial))) as Box<dyn MutEventSubscriber>)
+            .collect()
+    }
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn power_button(&self) -> std::io::Result<()> {
+        self.ged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .notify(GedEvent::PowerButton)
+    }
+}
+
+impl Drop for Chipset {
+    fn drop(&mut self) {
+        // The buses and the segments hold each other: take the devices off, so that all of them go.
+        for (index, root) in self.segments.iter().enumerate() {
+            for slot in 0..layout::PCI_SLOTS {
+                drop(root.remove(slot));
+            }
+            let ecam = layout::PCI_MMCONFIG_START + index as u64 * layout::PCI_MMCONFIG_SEGMENT_SIZE;
+            // It is there: `pci` put it there.
+            let _ = self.buses.mmio.remove(ecam);
+        }
+        if let Some(serial) = &self.serial {
+            serial.lock().unwrap_or_else(PoisonError::into_inner).drain();
+        }
+    }
+}
+
+fn pci(machine: &AcpiMachine, buses: &Buses) -> Result<Vec<Arc<PciRoot>>, BusError> {
+    let window = |range: GpaRange| Window {
+        start: range.start,
+        len: range.len,
+    };
+    let mut segments = Vec::with_capacity(machine.segments.into());
+    for segment in 0..machine.segments {
+        let [low, high] = machine.windows(segment);
+        let root = PciRoot::new(segment, Arc::clone(&buses.mmio), window(high), window(low));
+        let ecam = layout::PCI_MMCONFIG_START + u64::from(segment) * layout::PCI_MMCONFIG_SEGMENT_SIZE;
+        buses
+            .mmio
+            .insert(ecam, layout::PCI_MMCONFIG_SEGMENT_SIZE, root.ecam())?;
+        if segment == 0 {
+            buses
+                .pio
+                .insert(layout::PCI_CONFIG_IO_PORT.into(), PCI_CONFIG_PORTS, root.config_ports())?;
+        }
+        segments.push(root);
+    }
+    Ok(segments)
+}
+
+fn serial_port(config: &SerialConfig, kvm: &KvmHypervisor) -> Result<Option<Arc<Mutex<Serial>>>, ChipsetError> {
+    let fail = |field| move |source| ChipsetError::Serial { field, source };
+    let (output, input) = match config.mode {
+        ConsoleMode::Off => return Ok(None),
+        ConsoleMode::Null => (Output::new(Box::new(std::io::sink())), None),
+        ConsoleMode::Tty => {
+            let output = registry::stdout().and_then(Output::from_fd).map_err(fail("mode Tty"))?;
+            (output, Some(registry::stdin().map_err(fail("mode Tty"))?))
+        }
+        ConsoleMode::File => {
+            let file = registry::open_output(config.file.as_deref()).map_err(fail("file"))?;
+            (Output::from_fd(OwnedFd::from(file)).map_err(fail("file"))?, None)
+        }
+        ConsoleMode::Pty | ConsoleMode::Socket => {
+            return Err(fail("mode")(std::io::Error::other(registry::unsupported_mode())));
+        }
+    };
+    let serial = Serial::new(kvm.irq_line(layout::SERIAL_IRQ), output, input).map_err(fail("mode"))?;
+    Ok(Some(Arc::new(Mutex::new(serial))))
+}

@@ -1,0 +1,375 @@
+//! What the command line accepts, and the configuration it describes. Options that are sections of the API's
+//! configuration are parsed by the API's own types.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser, Subcommand, ValueEnum};
+use podvisor_api::types::{PayloadConfig, VmConfig};
+use podvisor_api::{OptionForm, OptionsError, from_options};
+
+const EXAMPLES: &str = "\
+Examples:
+  Wait for a Kata shim (or curl) on a socket:
+    podvisor --api-socket /run/pod/api.sock
+  Boot a PVH kernel at once, its serial port on this terminal:
+    podvisor --kernel vmlinux --initramfs initrd --cmdline 'console=ttyS0' --cpus boot=2 --memory size=1G --serial tty --console off
+  Boot an IGVM image on the emulated SEV-SNP processor (protects nothing), sized by the pod's limits:
+    podvisor --igvm pod.igvm --platform isolation=snp-emulated --pod handler=kata-cc,memory_limit=512Mi,cpu_limit=1 \\
+             --fs tag=data,shared_dir=/srv/data --disk path=disk.img --vsock cid=3,socket=/run/pod/vsock.sock
+  Predict the launch digest of an image, and look into it:
+    podvisor measure pod.igvm --vcpus 2
+    podvisor igvm inspect pod.igvm";
+
+/// A micro-VM monitor for pod sandboxes, driven by the Cloud Hypervisor REST API.
+#[derive(Debug, Parser)]
+#[command(name = "podvisor", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+pub(crate) struct Args {
+    /// A tool rather than a pod.
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// The tools.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the built-in pod once, end to end, and check everything it does.
+    Demo(crate::demo::DemoArgs),
+    /// Print the memory and vCPUs that a pod's limits make.
+    Size(SizeArgs),
+    /// Predict the launch digest of an IGVM image, without a hypervisor.
+    Measure(MeasureArgs),
+    /// Tools for IGVM images.
+    Igvm {
+        #[command(subcommand)]
+        command: IgvmCommand,
+    },
+}
+
+/// Tools for IGVM images.
+#[derive(Debug, Subcommand)]
+pub(crate) enum IgvmCommand {
+    /// Print what an image holds and does.
+    Inspect(InspectArgs),
+}
+
+/// `podvisor size`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: podvisor size --handler kata-cc --memory-limit 512Mi --cpu-limit 1500m --json")]
+pub(crate) struct SizeArgs {
+    /// The runtime handler: kata-cc (confidential) or kata.
+    #[arg(long)]
+    pub(crate) handler: String,
+    /// The sum of the containers' memory limits, as Kubernetes writes it (512Mi, 1G, 1.5Gi).
+    #[arg(long)]
+    pub(crate) memory_limit: Option<String>,
+    /// The sum of the containers' CPU limits (2, 1500m).
+    #[arg(long)]
+    pub(crate) cpu_limit: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `podvisor measure`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: podvisor measure pod.igvm --vcpus 2 --json")]
+pub(crate) struct MeasureArgs {
+    /// The IGVM image.
+    pub(crate) file: PathBuf,
+    /// vCPUs the pod will have: each adds its registers to the digest.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) vcpus: u32,
+    /// What pages without data are: zeros that are measured (as the specification, QEMU and podvisor have it) or ZERO
+    /// pages (as Cloud Hypervisor has it).
+    #[arg(long, value_enum, default_value_t = ZeroPagesArg::AsNormal)]
+    pub(crate) zero_pages: ZeroPagesArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The readings of a page without data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ZeroPagesArg {
+    /// ZERO pages.
+    AsZero,
+    /// NORMAL pages of zeros.
+    AsNormal,
+}
+
+/// `podvisor igvm inspect`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example: podvisor igvm inspect pod.igvm")]
+pub(crate) struct InspectArgs {
+    /// The IGVM image.
+    pub(crate) file: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A pod, and how to watch it.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct RunArgs {
+    /// Serve the API on this socket: PATH, path=PATH, or fd=N for a listening socket that was inherited.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api_socket: Option<String>,
+    /// Kernel to boot: a PVH ELF (vmlinux). An IGVM image is taken too.
+    #[arg(long, value_name = "FILE", help_heading = "What boots")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// IGVM image to boot.
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel", help_heading = "What boots")]
+    pub(crate) igvm: Option<PathBuf>,
+    /// Initial RAM disk for --kernel.
+    #[arg(long, value_name = "FILE", help_heading = "What boots")]
+    pub(crate) initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, value_name = "TEXT", help_heading = "What boots")]
+    pub(crate) cmdline: Option<String>,
+    /// vCPUs: boot=N[,max=N][,topology=T:C:D:P]
+    #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
+    pub(crate) cpus: Option<String>,
+    /// Memory: size=SIZE[,shared=on][,hugepages=on][,thp=off][,prefault=on][,mergeable=on]
+    #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
+    pub(crate) memory: Option<String>,
+    /// Size the machine by the pod's limits: handler=kata-cc|kata[,memory_limit=512Mi][,cpu_limit=1500m]
+    #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
+    pub(crate) pod: Option<String>,
+    /// Platform: [isolation=none|snp|snp-emulated][,sev_snp=on][,num_pci_segments=N]
+    #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
+    pub(crate) platform: Option<String>,
+    /// HOST_DATA of the pod's attestation reports: 64 hexadecimal digits.
+    #[arg(long, value_name = "HEX", help_heading = "The machine")]
+    pub(crate) host_data: Option<String>,
+    /// Refuse to run the pod unless its launch digest is this: 96 hexadecimal digits, as `podvisor measure` prints.
+    #[arg(long, value_name = "HEX", help_heading = "The machine")]
+    pub(crate) expect_digest: Option<String>,
+    /// Disk: path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,serial=TEXT][,id=NAME]
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
+    pub(crate) disk: Vec<String>,
+    /// File system: tag=TAG,shared_dir=DIR[,readonly=on][,num_queues=N][,id=NAME]
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
+    pub(crate) fs: Vec<String>,
+    /// Vsock: cid=N,socket=PATH[,id=NAME]
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    pub(crate) vsock: Option<String>,
+    /// Network device (refused by name in this version).
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
+    pub(crate) net: Vec<String>,
+    /// Entropy source: src=FILE
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    pub(crate) rng: Option<String>,
+    /// Serial port: off|null|tty|file=FILE
+    #[arg(long, value_name = "MODE", help_heading = "Devices")]
+    pub(crate) serial: Option<String>,
+    /// Virtio console: off|null|tty|file=FILE
+    #[arg(long, value_name = "MODE", help_heading = "Devices")]
+    pub(crate) console: Option<String>,
+    /// Seccomp: true, false or log.
+    #[arg(long, value_enum, default_value_t = Seccomp::True)]
+    pub(crate) seccomp: Seccomp,
+    /// Event records to a file or descriptor (refused by name in this version).
+    #[arg(long, value_name = "OPTIONS")]
+    pub(crate) event_monitor: Option<String>,
+    /// Append the log to this file instead of stderr.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log_file: Option<PathBuf>,
+    /// Log more: -v info, -vv debug, -vvv everything.
+    #[arg(short, action = ArgAction::Count)]
+    pub(crate) verbosity: u8,
+}
+
+/// The `--seccomp` modes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Seccomp {
+    /// Filter.
+    #[default]
+    True,
+    /// Do not filter.
+    False,
+    /// Log what would be filtered.
+    Log,
+}
+
+/// Why the options do not describe a pod.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UsageError {
+    /// An option's text.
+    #[error("{option} {text}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// Its text.
+        text: String,
+        /// Why it is refused.
+        source: OptionsError,
+    },
+    /// A value.
+    #[error("{option}: {reason}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+fn section<T: OptionForm>(option: &'static str, text: &str) -> Result<T, UsageError> {
+    from_options(text).map_err(|source| UsageError::Option {
+        option,
+        text: text.to_owned(),
+        source,
+    })
+}
+
+fn unsupported(option: &'static str) -> UsageError {
+    UsageError::Value {
+        option,
+        reason: format!("not supported yet by podvisor {}", env!("CARGO_PKG_VERSION")),
+    }
+}
+
+impl RunArgs {
+    /// The launch digest that `--expect-digest` promises.
+    pub(crate) fn expected_digest(&self) -> Result<Option<[u8; 48]>, UsageError> {
+        let Some(text) = &self.expect_digest else {
+            return Ok(None);
+        };
+        crate::hex::decode(text)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Some)
+            .ok_or_else(|| UsageError::Value {
+                option: "--expect-digest",
+                reason: format!("{text:?} is not 96 hexadecimal digits"),
+            })
+    }
+
+    /// The configuration that the options describe; none without a payload.
+    pub(crate) fn config(&self) -> Result<Option<VmConfig>, UsageError> {
+        if !self.net.is_empty() {
+            return Err(unsupported("--net"));
+        }
+        if self.event_monitor.is_some() {
+            return Err(unsupported("--event-monitor"));
+        }
+        let mut config = VmConfig::default();
+        if let Some(text) = &self.cpus {
+            config.cpus = section("--cpus", text)?;
+        }
+        if let Some(text) = &self.memory {
+            config.memory = section("--memory", text)?;
+        }
+        if let Some(text) = &self.pod {
+            config.pod = Some(section("--pod", text)?);
+        }
+        if let Some(text) = &self.platform {
+            config.platform = Some(section("--platform", text)?);
+        }
+        let disks = self
+            .disk
+            .iter()
+            .map(|text| section("--disk", text))
+            .collect::<Result<Vec<_>, _>>()?;
+        config.disks = (!disks.is_empty()).then_some(disks);
+        let fs = self
+            .fs
+            .iter()
+            .map(|text| section("--fs", text))
+            .collect::<Result<Vec<_>, _>>()?;
+        config.fs = (!fs.is_empty()).then_some(fs);
+        if let Some(text) = &self.vsock {
+            config.vsock = Some(section("--vsock", text)?);
+        }
+        if let Some(text) = &self.rng {
+            config.rng = section("--rng", text)?;
+        }
+        if let Some(text) = &self.serial {
+            config.serial = section("--serial", text)?;
+        }
+        if let Some(text) = &self.console {
+            config.console = section("--console", text)?;
+        }
+        let payload = PayloadConfig {
+            kernel: self.kernel.clone(),
+            igvm: self.igvm.clone(),
+            initramfs: self.initramfs.clone(),
+            cmdline: self.cmdline.clone(),
+            host_data: self.host_data.clone(),
+            ..PayloadConfig::default()
+        };
+        if payload.kernel.is_none() && payload.igvm.is_none() {
+            return if config == VmConfig::default() && payload.is_empty() {
+                Ok(None)
+            } else {
+                Err(UsageError::Value {
+                    option: "--kernel or --igvm",
+                    reason:
+                        "a pod was described but nothing to boot in it; give one of them, or leave all pod options \
+                             out and create the pod through the API"
+                            .to_owned(),
+                })
+            };
+        }
+        config.payload = Some(payload);
+        Ok(Some(config))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(args: &[&str]) -> RunArgs {
+        Args::try_parse_from(std::iter::once("podvisor").chain(args.iter().copied()))
+            .unwrap()
+            .run
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_shims_command_lines_are_taken() {
+        let args = parse(&["--api-socket", "/run/s", "-vv", "--seccomp", "false"]);
+        assert_eq!((args.verbosity, args.seccomp), (2, Seccomp::False));
+        assert_eq!(args.config().unwrap(), None);
+    }
+
+    #[test]
+    fn several_disks_in_one_or_many_options() {
+        let args = parse(&[
+            "--kernel",
+            "k",
+            "--disk",
+            "path=a",
+            "path=b,readonly=on",
+            "--disk",
+            "path=c",
+        ]);
+        let config = args.config().unwrap().unwrap();
+        assert_eq!(config.disks().len(), 3);
+        assert!(config.disks()[1].readonly);
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_by_name() {
+        for (args, name) in [
+            (["--net", "tap=x"], "--net"),
+            (["--event-monitor", "path=x"], "--event-monitor"),
+        ] {
+            assert!(parse(&args).config().unwrap_err().to_string().starts_with(name));
+        }
+        let error = parse(&["--disk", "path=a"]).config().unwrap_err();
+        assert!(error.to_string().contains("--igvm"), "{error}");
+        let error = parse(&["--kernel", "k", "--memory", "size=1Q"]).config().unwrap_err();
+        assert!(error.to_string().contains("--memory size=1Q"), "{error}");
+        let error = parse(&["--expect-digest", "ab"]).expected_digest().unwrap_err();
+        assert!(error.to_string().contains("96"), "{error}");
+    }
+}

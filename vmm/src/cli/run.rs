@@ -1,0 +1,50 @@
+//! Running a pod: the command line's own, or one that comes through the API.
+
+use std::time::Instant;
+
+use super::Failure;
+use super::args::{RunArgs, Seccomp};
+use crate::api_socket::ApiSocket;
+use crate::control::{ControlError, Monitor};
+use crate::{isolation, logging, machine, sys};
+
+/// Runs the monitor until its pod ends.
+pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
+    let config = args.config().map_err(Failure::usage)?;
+    let expect_digest = args.expected_digest().map_err(Failure::usage)?;
+    if config.is_none() && args.api_socket.is_none() {
+        return Err(Failure::usage(
+            "nothing to do: give --api-socket PATH to wait for the API, or --kernel FILE or --igvm FILE to boot; \
+             --help has examples",
+        ));
+    }
+    sys::private_umask();
+    sys::ignore_sigpipe();
+    logging::start(logging::level(args.verbosity), args.log_file.as_deref(), start)
+        .map_err(|e| Failure::usage(format!("--log-file: {e}")))?;
+    tracing::info!("podvisor {} pid {}", env!("CARGO_PKG_VERSION"), std::process::id());
+    if args.seccomp != Seccomp::False {
+        tracing::debug!("--seccomp: this version does not filter system calls yet");
+    }
+    // Told before anything is made, so that a machine without KVM hears one thing.
+    drop(machine::open_kvm().map_err(Failure::usage)?);
+    let mut monitor = Monitor::new(start, expect_digest).map_err(Failure::runtime)?;
+    if let Some(socket) = &args.api_socket {
+        monitor.serve(ApiSocket::open(socket).map_err(Failure::runtime)?);
+    }
+    if let Some(config) = config {
+        let emulated = config.isolation() == podvisor_api::types::Isolation::SnpEmulated;
+        if emulated && args.log_file.is_some() {
+            // The log says it too, but not where it is seen.
+            let _ = std::io::Write::write_all(
+                &mut std::io::stderr(),
+                format!("podvisor: {}\n", isolation::EMULATION_NOTICE).as_bytes(),
+            );
+        }
+        monitor.boot(config).map_err(|e| match e {
+            ControlError::Pod(crate::pod::PodError::Config(_)) => Failure::usage(e),
+            e => Failure::runtime(e),
+        })?;
+    }
+    monitor.run().map_err(Failure::runtime)
+}

@@ -1,0 +1,246 @@
+//! From a configuration to a [`PodPlan`]: the checks that need more than one section, the pod's sizing rules, and
+//! what this host can do. The wire types and their own rules are `podvisor_api`'s; nothing is opened or allocated here.
+
+use std::path::PathBuf;
+
+use kvm_ioctls::Kvm;
+use podvisor_api::types::{Isolation, PodConfig, VmConfig};
+use podvisor_api::{ConfigError, Stage};
+use podvisor_firmware::layout;
+use podvisor_firmware::memory_map::ram_ranges;
+
+use crate::cpuid::Topology;
+use crate::memory::RamOptions;
+use crate::registry;
+use crate::sizing::{self, SizingError};
+
+/// What boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// An IGVM file or a PVH kernel; which of them is told by its first bytes.
+    pub image: PathBuf,
+    /// The configuration field that names it.
+    pub field: &'static str,
+    /// An initial RAM disk, for a kernel.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel command line, or the value of an IGVM command-line parameter.
+    pub cmdline: String,
+}
+
+/// A checked configuration: everything the machine is built from.
+#[derive(Clone, Debug)]
+pub struct PodPlan {
+    /// The configuration, completed: sizes filled in, devices named.
+    pub config: VmConfig,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// What the guest is told of their arrangement.
+    pub topology: Option<Topology>,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// How RAM is mapped.
+    pub ram: RamOptions,
+    /// Isolation.
+    pub isolation: Isolation,
+    /// PCI segments.
+    pub segments: u16,
+    /// What boots; none: the pod can be created but not booted.
+    pub boot: Option<Boot>,
+    /// HOST_DATA of the pod's reports.
+    pub host_data: [u8; 32],
+    /// The launch digest that must come out.
+    pub expect_digest: Option<[u8; 48]>,
+}
+
+/// Why a configuration is refused. Names the field, the value and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// A section breaks its own rules.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The pod's limits.
+    #[error("pod")]
+    Sizing(#[from] SizingError),
+    /// A value that cannot be.
+    #[error("{field}: {reason}")]
+    Field {
+        /// The field.
+        field: String,
+        /// What is wrong with it, and what to do.
+        reason: String,
+    },
+    /// Something that this version does not do.
+    #[error("{field} is not supported yet by podvisor {}", env!("CARGO_PKG_VERSION"))]
+    Unsupported {
+        /// The field.
+        field: &'static str,
+    },
+}
+
+fn field(field: impl Into<String>, reason: impl Into<String>) -> PlanError {
+    PlanError::Field {
+        field: field.into(),
+        reason: reason.into(),
+    }
+}
+
+impl PodPlan {
+    /// Checks `config` as a whole. `expect_digest` is what the command line promises of the launch.
+    ///
+    /// # Errors
+    /// [`PlanError`].
+    pub fn new(mut config: VmConfig, expect_digest: Option<[u8; 48]>) -> Result<Self, PlanError> {
+        if let Some(pod) = config.pod.clone() {
+            size(&mut config, &pod)?;
+        }
+        config.validate(Stage::Create)?;
+        unsupported(&config)?;
+        memory_fits(&config)?;
+        registry::assign_ids(&mut config);
+        let isolation = config.isolation();
+        isolation_possible(isolation)?;
+        if expect_digest.is_some() && isolation == Isolation::None {
+            return Err(field(
+                "--expect-digest",
+                "a pod without isolation has no launch digest: add --platform isolation=snp-emulated",
+            ));
+        }
+        let payload = config.payload.clone().unwrap_or_default();
+        let host_data = match (&payload.host_data, payload.host_data_bytes()) {
+            (None, _) => [0; 32],
+            (Some(_), Some(bytes)) => bytes,
+            (Some(text), None) => {
+                return Err(field(
+                    "payload.host_data",
+                    format!("{text:?} is not 64 hexadecimal digits"),
+                ));
+            }
+        };
+        let topology = config.cpus.topology.map(|t| Topology {
+            threads_per_core: u32::from(t.threads_per_core),
+            cores_per_package: u32::from(t.cores_per_die) * u32::from(t.dies_per_package),
+        });
+        let memory = &config.memory;
+        let ram = RamOptions {
+            shared: memory.shared,
+            hugepages: memory.hugepages,
+            thp: memory.thp,
+            mergeable: memory.mergeable,
+            prefault: memory.prefault,
+            secret: isolation != Isolation::None,
+        };
+        Ok(Self {
+            vcpus: config.cpus.boot_vcpus,
+            topology,
+            memory: memory.size,
+            ram,
+            isolation,
+            segments: config.platform.as_ref().map_or(1, |p| p.num_pci_segments),
+            boot: boot(&config)?,
+            host_data,
+            expect_digest,
+            config,
+        })
+    }
+}
+
+/// Fills in memory and vCPUs from the pod's limits.
+fn size(config: &mut VmConfig, pod: &PodConfig) -> Result<(), PlanError> {
+    let sizing = sizing::size(pod)?;
+    config.apply_sizing(sizing.memory_bytes, sizing.vcpus)?;
+    Ok(())
+}
+
+/// Refuses what is asked for and would silently not be there.
+fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
+    let some = |list: &Option<Vec<serde_json::Value>>| list.as_ref().is_some_and(|l| !l.is_empty());
+    let platform = config.platform.clone().unwrap_or_default();
+    let asked = [
+        ("net", !config.net().is_empty()),
+        ("pmem", !config.pmem().is_empty()),
+        ("devices", !config.devices().is_empty()),
+        ("user_devices", some(&config.user_devices)),
+        ("vdpa", some(&config.vdpa)),
+        ("generic_vhost_user", some(&config.generic_vhost_user)),
+        ("numa", some(&config.numa)),
+        ("balloon", config.balloon.is_some()),
+        ("tpm", config.tpm.is_some()),
+        (
+            "memory.zones",
+            config.memory.zones.as_ref().is_some_and(|z| !z.is_empty()),
+        ),
+        ("watchdog", config.watchdog),
+        ("pvpanic", config.pvpanic),
+        ("iommu", config.iommu),
+        ("platform.tdx", platform.tdx),
+        (
+            "payload.firmware",
+            config.payload.as_ref().is_some_and(|p| p.firmware.is_some()),
+        ),
+    ];
+    match asked.into_iter().find(|(_, asked)| *asked) {
+        Some((field, _)) => Err(PlanError::Unsupported { field }),
+        None => Ok(()),
+    }
+}
+
+/// The pod's memory must lie below its devices.
+fn memory_fits(config: &VmConfig) -> Result<(), PlanError> {
+    let limit = layout::device_area(config.cpus.max_phys_bits).mmio_start;
+    ram_ranges(config.memory.size, limit).map_err(|e| field("memory.size", e.to_string()))?;
+    Ok(())
+}
+
+/// `KVM_CAP_VM_TYPES` (Linux `include/uapi/linux/kvm.h`).
+const CAP_VM_TYPES: u64 = 235;
+/// `KVM_X86_SNP_VM`.
+const SNP_VM: i32 = 4;
+
+/// Whether this host's KVM has SEV-SNP guests.
+#[must_use]
+pub fn host_has_snp() -> bool {
+    let types = Kvm::new().map_or(0, |kvm| kvm.check_extension_raw(CAP_VM_TYPES));
+    types & 1 << SNP_VM != 0 && std::path::Path::new("/dev/sev").exists()
+}
+
+fn isolation_possible(isolation: Isolation) -> Result<(), PlanError> {
+    if isolation != Isolation::Snp {
+        return Ok(());
+    }
+    let reason = if host_has_snp() {
+        format!(
+            "this host has SEV-SNP, but podvisor {} launches only on the emulated processor; \
+             ask for isolation=snp-emulated by name, which protects nothing",
+            env!("CARGO_PKG_VERSION")
+        )
+    } else {
+        "this host has no SEV-SNP (/dev/sev and KVM's VM type 4); to try the path without protection, \
+         ask for isolation=snp-emulated by name"
+            .to_owned()
+    };
+    Err(field("platform.sev_snp", reason))
+}
+
+/// What boots: an IGVM file, or a kernel.
+fn boot(config: &VmConfig) -> Result<Option<Boot>, PlanError> {
+    let Some(payload) = &config.payload else {
+        return Ok(None);
+    };
+    let (image, name) = match (&payload.igvm, &payload.kernel) {
+        (Some(_), Some(_)) => {
+            return Err(field(
+                "payload.kernel",
+                "a kernel beside payload.igvm is not supported yet; give an image that holds the kernel",
+            ));
+        }
+        (Some(igvm), None) => (igvm, "payload.igvm"),
+        (None, Some(kernel)) => (kernel, "payload.kernel"),
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(Boot {
+        image: image.clone(),
+        field: name,
+        initramfs: payload.initramfs.clone(),
+        cmdline: payload.cmdline.clone().unwrap_or_default(),
+    }))
+}

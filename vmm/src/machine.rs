@@ -1,0 +1,413 @@
+//! A pod's machine, built when it boots and dropped when it stops: the VM, its memory and vCPUs, the chipset and the
+//! devices that the configuration asks for. A machine that cannot be built leaves nothing behind.
+
+use std::error::Error;
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_manager::MutEventSubscriber;
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use podvisor_api::types::Isolation;
+use podvisor_devices::memory::{PodMemory, SharedPages};
+use podvisor_devices::pci::Bdf;
+use podvisor_devices::platform::Hypervisor;
+use podvisor_devices::virtio::pci::{VirtioPci, add_to};
+use podvisor_firmware::acpi::{AcpiMachine, AcpiTables};
+use podvisor_firmware::igvm::{self, PlanOptions};
+use podvisor_firmware::layout;
+use podvisor_firmware::linux::{ImageKind, detect, pvh};
+use podvisor_firmware::machine::MachineDescription;
+use podvisor_firmware::memory_map::memory_map;
+use podvisor_firmware::plan::{LaunchPlan, Platform};
+
+use crate::chipset::Chipset;
+use crate::config::{Boot, PodPlan};
+use crate::cpuid::CpuidTemplate;
+use crate::isolation::Confidential;
+use crate::kvm::KvmHypervisor;
+use crate::launch_plain;
+use crate::memory::{GuestRam, ProcessorGate};
+use crate::registry;
+use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
+
+/// Why a pod cannot boot: what was being done, and the cause below it.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct BootError {
+    what: String,
+    source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl BootError {
+    /// An error with no cause below it.
+    pub(crate) fn new(what: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            source: None,
+        }
+    }
+}
+
+/// Gives an error its place in the boot.
+pub(crate) trait During<T> {
+    /// The error with `what` above it.
+    fn during(self, what: impl Into<String>) -> Result<T, BootError>;
+}
+
+impl<T, E: Into<Box<dyn Error + Send + Sync>>> During<T> for Result<T, E> {
+    fn during(self, what: impl Into<String>) -> Result<T, BootError> {
+        self.map_err(|e| BootError {
+            what: what.into(),
+            source: Some(e.into()),
+        })
+    }
+}
+
+/// A device as `vm.info` tells of it.
+#[derive(Clone)]
+pub struct DeviceInfo {
+    /// Name.
+    pub id: String,
+    /// Kind.
+    pub kind: &'static str,
+    /// Where it is.
+    pub bdf: Bdf,
+    function: Arc<Mutex<VirtioPci>>,
+}
+
+impl DeviceInfo {
+    /// Whether the guest's driver runs it.
+    #[must_use]
+    pub fn active(&self) -> bool {
+        self.function.lock().unwrap_or_else(PoisonError::into_inner).is_active()
+    }
+}
+
+/// How long the parts of the boot took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BootTimings {
+    /// Reading and planning the image.
+    pub plan: Duration,
+    /// The VM, its memory and devices.
+    pub build: Duration,
+    /// Putting the image into guest memory.
+    pub launch: Duration,
+    /// The whole boot.
+    pub total: Duration,
+}
+
+/// A running pod. Fields are dropped in this order: first the vCPUs stop, last the memory goes.
+pub struct Machine {
+    vcpus: Vcpus,
+    devices: Vec<DeviceInfo>,
+    chipset: Chipset,
+    confidential: Option<Confidential>,
+    timings: BootTimings,
+    ram: GuestRam,
+}
+
+/// What the event loop runs for a machine.
+pub type Subscribers = Vec<Box<dyn MutEventSubscriber>>;
+
+impl Machine {
+    /// Builds and starts the pod of `plan`. When it returns, the vCPU threads run.
+    ///
+    /// # Errors
+    /// [`BootError`]; everything that was made is gone then.
+    pub fn boot(plan: &PodPlan, exit: &Arc<ExitSignal>) -> Result<(Self, Subscribers), BootError> {
+        let start = Instant::now();
+        let boot = plan.boot.as_ref().ok_or_else(|| {
+            BootError::new("the pod has nothing to boot: give payload.igvm or payload.kernel in vm.create")
+        })?;
+        let kvm = open_kvm()?;
+        let cpuid = CpuidTemplate::new(&kvm, plan.vcpus, plan.topology, plan.config.cpus.max_phys_bits)
+            .during("KVM_GET_SUPPORTED_CPUID")?;
+        let image = Image::open(&boot.image).during(format!("{} {}", boot.field, boot.image.display()))?;
+        let initrd = boot.initramfs.as_ref().map(Image::open).transpose();
+        let initrd = initrd.during("payload.initramfs")?;
+        let acpi = acpi_machine(plan, cpuid.phys_bits());
+        let description = describe(plan, boot, &acpi)?;
+        let launch_plan = plan_image(
+            plan,
+            boot,
+            image.bytes(),
+            initrd.as_ref().map(Image::bytes),
+            &description,
+            &acpi,
+        )?;
+        let planned = start.elapsed();
+
+        let ram = GuestRam::new(plan.memory, &plan.ram).during("guest memory")?;
+        let confidential = Confidential::new(plan, &ram)?;
+        let vm = create_vm(&kvm, confidential.as_ref())?;
+        if let Some(confidential) = &confidential {
+            confidential.init(&vm, &launch_plan)?;
+        }
+        ram.give_to(&vm, confidential.as_ref().map(Confidential::processor))
+            .during("guest memory")?;
+        let fds = create_vcpus(&vm, plan.vcpus, &cpuid)?;
+        let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(&vm)));
+        let chipset = Chipset::new(&acpi, plan.memory, &plan.config.serial, &hypervisor, exit).during("devices")?;
+        let gate = confidential
+            .as_ref()
+            .map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
+        let memory = ram.pod_memory(gate).during("guest memory")?;
+        let mut subscribers = chipset.subscribers();
+        let devices = plug(plan, &chipset, &memory, &hypervisor, &mut subscribers)?;
+        let built = start.elapsed();
+
+        let confidential = match confidential {
+            Some(confidential) => Some(confidential.launch(plan, &vm, &fds, &launch_plan, &description)?),
+            None => {
+                let memory = ram.launch_memory().during("guest memory")?;
+                launch_plain::launch(&launch_plan, &description, &memory, &fds).during("placing the image")?;
+                None
+            }
+        };
+        let launched = start.elapsed();
+        let context = VcpuContext {
+            io: Arc::clone(&chipset.buses) as _,
+            processor: confidential.as_ref().map(Confidential::shared_processor),
+            exit: Arc::clone(exit),
+        };
+        let vcpus = Vcpus::start(fds, &context).during("starting vCPU threads")?;
+        let timings = BootTimings {
+            plan: planned,
+            build: built.saturating_sub(planned),
+            launch: launched.saturating_sub(built),
+            total: start.elapsed(),
+        };
+        let machine = Self {
+            vcpus,
+            devices,
+            chipset,
+            confidential,
+            timings,
+            ram,
+        };
+        Ok((machine, subscribers))
+    }
+
+    /// Stops the guest where it is.
+    pub fn pause(&mut self) {
+        self.vcpus.pause();
+    }
+
+    /// Lets a paused guest go on.
+    pub fn resume(&mut self) {
+        self.vcpus.resume();
+    }
+
+    /// Whether it is paused.
+    #[must_use]
+    pub fn paused(&self) -> bool {
+        self.vcpus.paused()
+    }
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn power_button(&self) -> io::Result<()> {
+        self.chipset.power_button()
+    }
+
+    /// The devices, in the order of their slots.
+    #[must_use]
+    pub fn devices(&self) -> &[DeviceInfo] {
+        &self.devices
+    }
+
+    /// The counters of the devices, by name.
+    #[must_use]
+    pub fn counters(&self) -> std::collections::BTreeMap<String, std::collections::BTreeMap<&'static str, u64>> {
+        let mut all = std::collections::BTreeMap::new();
+        for root in &self.chipset.segments {
+            all.append(&mut root.counters());
+        }
+        all
+    }
+
+    /// How it is isolated, and what its launch measured.
+    #[must_use]
+    pub fn confidential(&self) -> Option<&Confidential> {
+        self.confidential.as_ref()
+    }
+
+    /// How long the boot took.
+    #[must_use]
+    pub fn timings(&self) -> BootTimings {
+        self.timings
+    }
+
+    /// Bytes of RAM.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        self.ram.size()
+    }
+}
+
+/// Opens /dev/kvm.
+///
+/// # Errors
+/// One line that says what to do.
+pub fn open_kvm() -> Result<Kvm, BootError> {
+    Kvm::new().map_err(|e| {
+        let cause = io::Error::from_raw_os_error(e.errno());
+        BootError::new(format!(
+            "no usable /dev/kvm ({cause}): podvisor needs KVM; load kvm_amd or kvm_intel, and let this user open /dev/kvm"
+        ))
+    })
+}
+
+/// A file mapped into memory, read only as far as it is used.
+struct Image {
+    map: Option<memmap2::Mmap>,
+}
+
+impl Image {
+    fn open(path: &PathBuf) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        Ok(Self {
+            map: (metadata.len() > 0).then(|| crate::sys::map_file(&file)).transpose()?,
+        })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or_default()
+    }
+}
+
+fn acpi_machine(plan: &PodPlan, phys_bits: u8) -> AcpiMachine {
+    AcpiMachine {
+        vcpus: plan.vcpus,
+        // Nothing can be plugged yet: what the guest is told is what there is.
+        max_vcpus: plan.vcpus,
+        segments: plan.segments,
+        phys_bits,
+        serial: plan.config.serial.mode != podvisor_api::types::ConsoleMode::Off,
+    }
+}
+
+fn describe(plan: &PodPlan, boot: &Boot, acpi: &AcpiMachine) -> Result<MachineDescription, BootError> {
+    let limit = acpi.device_area().mmio_start;
+    Ok(MachineDescription {
+        vcpus: plan.vcpus,
+        max_vcpus: plan.vcpus,
+        memory: memory_map(plan.memory, limit).during("memory.size")?,
+        mmio: acpi.windows(0),
+        command_line: boot.cmdline.clone(),
+        memory_is_shared: plan.isolation == Isolation::None,
+    })
+}
+
+fn plan_image<'i>(
+    plan: &PodPlan,
+    boot: &Boot,
+    image: &'i [u8],
+    initrd: Option<&'i [u8]>,
+    description: &MachineDescription,
+    acpi: &AcpiMachine,
+) -> Result<LaunchPlan<'i>, BootError> {
+    let what = || format!("{} {}", boot.field, boot.image.display());
+    if detect(image) == ImageKind::Igvm || boot.field == "payload.igvm" {
+        let platform = match plan.isolation {
+            Isolation::None => Platform::Native,
+            Isolation::Snp | Isolation::SnpEmulated => Platform::SevSnp,
+        };
+        if initrd.is_some() {
+            return Err(BootError::new(
+                "payload.initramfs: an IGVM image carries its own; leave it out",
+            ));
+        }
+        let options = PlanOptions {
+            platform: Some(platform),
+            ..PlanOptions::default()
+        };
+        return igvm::plan(image, &options).during(what());
+    }
+    if plan.isolation != Isolation::None {
+        return Err(BootError::new(format!(
+            "{}: a confidential pod boots from an IGVM image; build one that holds this kernel",
+            what()
+        )));
+    }
+    let tables = AcpiTables::build(acpi).during("ACPI tables")?;
+    pvh::plan(image, initrd, &boot.cmdline, description, Some(&tables)).during(what())
+}
+
+fn create_vm(kvm: &Kvm, confidential: Option<&Confidential>) -> Result<Arc<VmFd>, BootError> {
+    let vm = match confidential {
+        Some(confidential) => kvm.create_vm_with_type(confidential.processor().vm_type()),
+        None => kvm.create_vm(),
+    }
+    .during("KVM_CREATE_VM")?;
+    if !vm.check_extension(Cap::ImmediateExit) {
+        return Err(BootError::new(
+            "this KVM lacks KVM_CAP_IMMEDIATE_EXIT: Linux 4.13 or newer is needed",
+        ));
+    }
+    let tss = usize::try_from(layout::KVM_TSS_START).during("KVM_SET_TSS_ADDR")?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
+        .during("KVM_SET_IDENTITY_MAP_ADDR")?;
+    vm.set_tss_address(tss).during("KVM_SET_TSS_ADDR")?;
+    vm.create_irq_chip().during("KVM_CREATE_IRQCHIP")?;
+    Ok(Arc::new(vm))
+}
+
+fn create_vcpus(vm: &VmFd, count: u32, cpuid: &CpuidTemplate) -> Result<Vec<VcpuFd>, BootError> {
+    (0..count)
+        .map(|index| {
+            let vcpu = vm
+                .create_vcpu(index.into())
+                .during(format!("KVM_CREATE_VCPU {index} (cpus.boot_vcpus {count})"))?;
+            let leaves = cpuid.for_vcpu(index).during("CPUID")?;
+            vcpu.set_cpuid2(&leaves)
+                .during(format!("KVM_SET_CPUID2 of vCPU {index}"))?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn plug(
+    plan: &PodPlan,
+    chipset: &Chipset,
+    memory: &Arc<PodMemory>,
+    hypervisor: &Arc<KvmHypervisor>,
+    subscribers: &mut Subscribers,
+) -> Result<Vec<DeviceInfo>, BootError> {
+    let mut infos = Vec::new();
+    for wanted in registry::devices(&plan.config).during("devices")? {
+        let what = format!("device {}", wanted.id);
+        let root = chipset.segments.get(usize::from(wanted.segment)).ok_or_else(|| {
+            BootError::new(format!(
+                "{what}: pci_segment {} does not exist: raise platform.num_pci_segments ({})",
+                wanted.segment, plan.segments
+            ))
+        })?;
+        let function = VirtioPci::new(
+            wanted.device,
+            wanted.id.clone(),
+            Arc::clone(memory),
+            Arc::clone(hypervisor) as Arc<dyn Hypervisor>,
+            plan.isolation != Isolation::None,
+        )
+        .during(what.clone())?;
+        let (bdf, subscriber) = add_to(root, function, wanted.slot).during(what)?;
+        infos.push(DeviceInfo {
+            id: wanted.id,
+            kind: wanted.kind,
+            bdf,
+            function: Arc::clone(&subscriber.0),
+        });
+        subscribers.push(Box::new(subscriber));
+    }
+    Ok(infos)
+}

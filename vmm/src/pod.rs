@@ -1,0 +1,343 @@
+//! The one pod that a monitor holds, from vm.create to vm.delete: its configuration, its machine while it runs, and the
+//! order in which the two may change. A refused step changes nothing.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
+use podvisor_api::types::{Isolation, VmConfig, VmInfo, VmState};
+use serde_json::{Map, Value, json};
+
+use crate::config::{PlanError, PodPlan};
+use crate::hex;
+use crate::machine::{BootError, BootTimings, Machine};
+use crate::vcpu::ExitSignal;
+
+/// The event loop's type.
+pub type Events = EventManager<Box<dyn MutEventSubscriber>>;
+
+/// Why a step was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// There is no pod.
+    #[error("VM is not created: send vm.create first")]
+    NotCreated,
+    /// There is one already.
+    #[error("VM is already created: send vm.delete first, or start another monitor for another pod")]
+    AlreadyCreated,
+    /// It runs already.
+    #[error("VM is already booted")]
+    AlreadyRunning,
+    /// It does not run.
+    #[error("VM is not booted: send vm.boot first")]
+    NotRunning,
+    /// It is paused already, or not paused.
+    #[error("VM is {0} already")]
+    Already(&'static str),
+    /// Its configuration.
+    #[error("the configuration is refused")]
+    Config(#[from] PlanError),
+    /// Its boot failed; it stays created.
+    #[error("the boot failed")]
+    Boot(#[from] BootError),
+    /// A device failed.
+    #[error("{0}")]
+    Device(&'static str, #[source] std::io::Error),
+}
+
+struct Running {
+    machine: Machine,
+    subscribers: Vec<SubscriberId>,
+}
+
+struct Pod {
+    plan: PodPlan,
+    running: Option<Running>,
+    timings: Option<BootTimings>,
+}
+
+/// Room for one pod.
+pub struct PodSlot {
+    pod: Option<Pod>,
+    exit: Arc<ExitSignal>,
+    start: Instant,
+    expect_digest: Option<[u8; 48]>,
+    created_at: Option<Duration>,
+    booted_at: Option<Duration>,
+}
+
+impl PodSlot {
+    /// An empty slot of a monitor that began at `start`. `expect_digest` is required of every boot.
+    #[must_use]
+    pub fn new(exit: Arc<ExitSignal>, start: Instant, expect_digest: Option<[u8; 48]>) -> Self {
+        Self {
+            pod: None,
+            exit,
+            start,
+            expect_digest,
+            created_at: None,
+            booted_at: None,
+        }
+    }
+
+    /// Takes `config` for the pod.
+    ///
+    /// # Errors
+    /// When there is a pod, or the configuration cannot be.
+    pub fn create(&mut self, config: VmConfig) -> Result<(), PodError> {
+        if self.pod.is_some() {
+            return Err(PodError::AlreadyCreated);
+        }
+        let plan = PodPlan::new(config, self.expect_digest)?;
+        tracing::info!(
+            vcpus = plan.vcpus,
+            memory_bytes = plan.memory,
+            isolation = isolation_name(plan.isolation),
+            "pod created"
+        );
+        self.created_at = Some(self.start.elapsed());
+        self.pod = Some(Pod {
+            plan,
+            running: None,
+            timings: None,
+        });
+        Ok(())
+    }
+
+    /// Boots it. When it returns, the vCPU threads run.
+    ///
+    /// # Errors
+    /// When there is none, it runs, or it cannot boot; it stays created then.
+    pub fn boot(&mut self, events: &mut Events) -> Result<(), PodError> {
+        let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        if pod.running.is_some() {
+            return Err(PodError::AlreadyRunning);
+        }
+        let (machine, subscribers) = Machine::boot(&pod.plan, &self.exit)?;
+        let subscribers = subscribers.into_iter().map(|s| events.add_subscriber(s)).collect();
+        let timings = machine.timings();
+        tracing::info!(milliseconds = millis(timings.total), "pod booted");
+        pod.timings = Some(timings);
+        pod.running = Some(Running { machine, subscribers });
+        self.booted_at = Some(self.start.elapsed());
+        Ok(())
+    }
+
+    /// Stops it; it stays created.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn stop(&mut self, events: &mut Events) -> Result<(), PodError> {
+        let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        let running = pod.running.take().ok_or(PodError::NotRunning)?;
+        stop(running, events, &self.exit);
+        Ok(())
+    }
+
+    /// Stops it if it runs, and forgets it.
+    pub fn delete(&mut self, events: &mut Events) {
+        if let Some(running) = self.pod.take().and_then(|pod| pod.running) {
+            stop(running, events, &self.exit);
+        }
+    }
+
+    /// Stops it and boots it again.
+    ///
+    /// # Errors
+    /// As [`PodSlot::stop`] and [`PodSlot::boot`].
+    pub fn reboot(&mut self, events: &mut Events) -> Result<(), PodError> {
+        self.stop(events)?;
+        self.boot(events)
+    }
+
+    /// Stops its vCPUs where they are.
+    ///
+    /// # Errors
+    /// When it does not run, or is paused.
+    pub fn pause(&mut self) -> Result<(), PodError> {
+        let machine = self.machine_mut()?;
+        if machine.paused() {
+            return Err(PodError::Already("paused"));
+        }
+        machine.pause();
+        Ok(())
+    }
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// When it does not run, or is not paused.
+    pub fn resume(&mut self) -> Result<(), PodError> {
+        let machine = self.machine_mut()?;
+        if !machine.paused() {
+            return Err(PodError::Already("running"));
+        }
+        machine.resume();
+        Ok(())
+    }
+
+    /// Presses its power button.
+    ///
+    /// # Errors
+    /// When it does not run, or the interrupt cannot be raised.
+    pub fn power_button(&mut self) -> Result<(), PodError> {
+        self.machine_mut()?
+            .power_button()
+            .map_err(|e| PodError::Device("raising the power button's interrupt", e))
+    }
+
+    /// The counters of its devices.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn counters(&mut self) -> Result<Value, PodError> {
+        Ok(json!(self.machine_mut()?.counters()))
+    }
+
+    /// What it is and how it is.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn info(&self) -> Result<VmInfo, PodError> {
+        let pod = self.pod.as_ref().ok_or(PodError::NotCreated)?;
+        let machine = pod.running.as_ref().map(|r| &r.machine);
+        let state = match machine {
+            None => VmState::Created,
+            Some(machine) if machine.paused() => VmState::Paused,
+            Some(_) => VmState::Running,
+        };
+        Ok(VmInfo {
+            config: pod.plan.config.clone(),
+            state,
+            memory_actual_size: pod.plan.memory,
+            podvisor: self.extras(pod, machine),
+        })
+    }
+
+    /// What podvisor tells beyond Cloud Hypervisor's fields.
+    fn extras(&self, pod: &Pod, machine: Option<&Machine>) -> Map<String, Value> {
+        let mut map = Map::new();
+        let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
+        put("version", json!(env!("CARGO_PKG_VERSION")));
+        put("isolation", json!(isolation_name(pod.plan.isolation)));
+        put("emulated", json!(pod.plan.isolation == Isolation::SnpEmulated));
+        put("vcpus", json!(pod.plan.vcpus));
+        put("memory_bytes", json!(pod.plan.memory));
+        if let Some(sized) = &pod.plan.config.pod {
+            put(
+                "sizing",
+                json!({"pod": sized, "memory_bytes": pod.plan.memory, "vcpus": pod.plan.vcpus}),
+            );
+        }
+        if let Some(report) = machine.and_then(Machine::confidential).and_then(|c| c.report()) {
+            put("digest", json!(hex::encode(&report.predicted.digest)));
+            put("digest_predicted", json!(hex::encode(&report.predicted.digest)));
+            put(
+                "digest_launched",
+                json!(report.launched.as_ref().map(|d| hex::encode(d))),
+            );
+            put("policy", json!(format!("{:#x}", report.policy)));
+            put("measured_bytes", json!(report.predicted.measured_bytes));
+        }
+        if pod.plan.isolation != Isolation::None {
+            put("host_data", json!(hex::encode(&pod.plan.host_data)));
+        }
+        if let Some(machine) = machine {
+            let devices: Vec<Value> = machine
+                .devices()
+                .iter()
+                .map(|d| {
+                    let state = if d.active() { "active" } else { "configuring" };
+                    json!({"id": d.id, "kind": d.kind, "bdf": d.bdf.to_string(), "state": state})
+                })
+                .collect();
+            put("devices", json!(devices));
+        }
+        put("timings_ms", self.timings(pod));
+        put("monitor_peak_rss_kib", json!(crate::sys::peak_rss_kib()));
+        map
+    }
+
+    fn timings(&self, pod: &Pod) -> Value {
+        let mut map = Map::new();
+        let mut put = |key: &str, value: Option<Duration>| {
+            if let Some(value) = value {
+                map.insert(key.to_owned(), json!(millis(value)));
+            }
+        };
+        put("created_at", self.created_at);
+        put("booted_at", self.booted_at.filter(|_| pod.timings.is_some()));
+        put("boot", pod.timings.map(|t| t.total));
+        put("boot_plan", pod.timings.map(|t| t.plan));
+        put("boot_build", pod.timings.map(|t| t.build));
+        put("boot_launch", pod.timings.map(|t| t.launch));
+        Value::Object(map)
+    }
+
+    fn machine_mut(&mut self) -> Result<&mut Machine, PodError> {
+        let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        pod.running.as_mut().map(|r| &mut r.machine).ok_or(PodError::NotRunning)
+    }
+}
+
+/// Stops the vCPUs first, then takes the devices off the loop.
+fn stop(running: Running, events: &mut Events, exit: &ExitSignal) {
+    let Running {
+        mut machine,
+        subscribers,
+    } = running;
+    machine.pause();
+    for id in subscribers {
+        if let Err(error) = events.remove_subscriber(id) {
+            tracing::warn!(?error, "a device was not on the event loop");
+        }
+    }
+    drop(machine);
+    // What the guest asked for while it was being stopped is answered by that.
+    if let Some(reason) = exit.take() {
+        tracing::debug!(?reason, "the guest ended while it was being stopped");
+    }
+}
+
+fn isolation_name(isolation: Isolation) -> &'static str {
+    match isolation {
+        Isolation::None => "none",
+        Isolation::Snp => "snp",
+        Isolation::SnpEmulated => "snp-emulated",
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// The status class of an error, as HTTP has it.
+impl PodError {
+    /// The HTTP status that tells a client whose fault it was.
+    #[must_use]
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::NotCreated => 404,
+            Self::Config(PlanError::Config(error)) if error.conflict => 409,
+            Self::Config(_) => 400,
+            Self::AlreadyCreated | Self::AlreadyRunning | Self::NotRunning | Self::Already(_) => 409,
+            Self::Boot(_) | Self::Device(..) => 500,
+        }
+    }
+
+    /// The error and its causes, one string each.
+    #[must_use]
+    pub fn causes(&self) -> Vec<String> {
+        let mut causes: Vec<String> = vec![self.to_string()];
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if causes.last() != Some(&text) {
+                causes.push(text);
+            }
+            cause = error.source();
+        }
+        causes
+    }
+}

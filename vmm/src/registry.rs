@@ -1,0 +1,222 @@
+//! Which virtio devices a configuration asks for: one line a kind in [`KINDS`], one function from its section of the
+//! configuration to devices. The machine puts them on PCI without knowing what they are.
+
+use std::error::Error;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use podvisor_api::types::{ConsoleMode, VmConfig};
+use podvisor_devices::virtio::blk::{Blk, BlkOptions};
+use podvisor_devices::virtio::console::{Console, ConsoleOutput};
+use podvisor_devices::virtio::device::VirtioDevice;
+use podvisor_devices::virtio::fs::{Fs, FsOptions};
+use podvisor_devices::virtio::rng::Rng;
+use podvisor_devices::virtio::vsock::{Vsock, VsockOptions};
+
+/// A device that the configuration asks for.
+pub struct Wanted {
+    /// Its name in the API.
+    pub id: String,
+    /// Its kind: the name in [`KINDS`].
+    pub kind: &'static str,
+    /// PCI segment.
+    pub segment: u16,
+    /// PCI slot, if one was asked for.
+    pub slot: Option<u8>,
+    /// The device.
+    pub device: Box<dyn VirtioDevice>,
+}
+
+/// Why a device cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("{field}")]
+pub struct RegistryError {
+    /// The configuration field, with its value where that helps.
+    pub field: String,
+    /// Why.
+    pub source: Box<dyn Error + Send + Sync>,
+}
+
+fn failed(field: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> RegistryError {
+    RegistryError {
+        field: field.into(),
+        source: source.into(),
+    }
+}
+
+type Make = fn(&VmConfig) -> Result<Vec<Wanted>, RegistryError>;
+
+/// All kinds, in the order of their PCI slots. A new device is a line here.
+const KINDS: &[Make] = &[console, disks, rng, fs, vsock];
+
+/// Makes every device that `config` asks for. Identifiers must have been assigned ([`assign_ids`]).
+///
+/// # Errors
+/// The first device that cannot be made; those made before are dropped.
+pub fn devices(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
+    let mut all = Vec::new();
+    for make in KINDS {
+        all.extend(make(config)?);
+    }
+    Ok(all)
+}
+
+/// Names the devices that have no name, as Cloud Hypervisor does (`_disk0`, `_fs1`, …).
+pub fn assign_ids(config: &mut VmConfig) {
+    let mut taken: Vec<String> = Vec::new();
+    taken.extend(config.disks().iter().filter_map(|d| d.id.clone()));
+    taken.extend(config.fs().iter().filter_map(|d| d.id.clone()));
+    taken.extend(config.vsock.iter().filter_map(|d| d.id.clone()));
+    let mut next = 0u32;
+    let mut name = |kind: &str| loop {
+        let id = format!("_{kind}{next}");
+        next = next.saturating_add(1);
+        if !taken.contains(&id) {
+            return id;
+        }
+    };
+    for disk in config.disks.iter_mut().flatten() {
+        disk.id.get_or_insert_with(|| name("disk"));
+    }
+    for fs in config.fs.iter_mut().flatten() {
+        fs.id.get_or_insert_with(|| name("fs"));
+    }
+    if let Some(vsock) = &mut config.vsock {
+        vsock.id.get_or_insert_with(|| name("vsock"));
+    }
+}
+
+fn disks(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
+    let make = |(index, disk): (usize, &podvisor_api::types::DiskConfig)| {
+        let field = |name: &str| format!("disks[{index}].{name}");
+        let path = disk
+            .path
+            .clone()
+            .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
+        let num_queues = u16::try_from(disk.num_queues).map_err(|e| failed(field("num_queues"), e))?;
+        let options = BlkOptions {
+            readonly: disk.readonly,
+            direct: disk.direct,
+            serial: disk.serial.clone(),
+            num_queues,
+            queue_size: disk.queue_size,
+            disable_io_uring: disk.disable_io_uring,
+            sparse: disk.sparse,
+            ..BlkOptions::new(path.clone())
+        };
+        let device = Blk::open(options).map_err(|e| failed(format!("{} {}", field("path"), path.display()), e))?;
+        Ok(Wanted {
+            id: disk.id.clone().unwrap_or_else(|| format!("_disk{index}")),
+            kind: "disk",
+            segment: disk.pci_segment,
+            slot: disk.pci_device_id,
+            device: Box::new(device),
+        })
+    };
+    config.disks().iter().enumerate().map(make).collect()
+}
+
+fn rng(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
+    let rng = &config.rng;
+    let device = Rng::open(&rng.src).map_err(|e| failed(format!("rng.src {}", rng.src.display()), e))?;
+    Ok(vec![Wanted {
+        id: rng.id.clone().unwrap_or_else(|| "__rng".to_owned()),
+        kind: "rng",
+        segment: rng.pci_segment,
+        slot: None,
+        device: Box::new(device),
+    }])
+}
+
+fn fs(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
+    let make = |(index, fs): (usize, &podvisor_api::types::FsConfig)| {
+        let field = |name: &str| format!("fs[{index}].{name}");
+        let dir = fs.shared_dir.clone().ok_or_else(|| {
+            failed(
+                field("socket"),
+                "a vhost-user file system is not supported yet; give shared_dir, which this monitor serves itself",
+            )
+        })?;
+        let options = FsOptions {
+            readonly: fs.readonly,
+            num_queues: u16::try_from(fs.num_queues).map_err(|e| failed(field("num_queues"), e))?,
+            queue_size: fs.queue_size,
+            ..FsOptions::new(fs.tag.clone(), dir.clone())
+        };
+        let device = Fs::new(options).map_err(|e| failed(format!("{} {}", field("shared_dir"), dir.display()), e))?;
+        Ok(Wanted {
+            id: fs.id.clone().unwrap_or_else(|| format!("_fs{index}")),
+            kind: "fs",
+            segment: fs.pci_segment,
+            slot: None,
+            device: Box::new(device),
+        })
+    };
+    config.fs().iter().enumerate().map(make).collect()
+}
+
+fn vsock(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
+    let Some(vsock) = &config.vsock else {
+        return Ok(Vec::new());
+    };
+    let options = VsockOptions::new(u64::from(vsock.cid), vsock.socket.clone());
+    let device = Vsock::new(options).map_err(|e| failed(format!("vsock.socket {}", vsock.socket.display()), e))?;
+    Ok(vec![Wanted {
+        id: vsock.id.clone().unwrap_or_else(|| "_vsock0".to_owned()),
+        kind: "vsock",
+        segment: vsock.pci_segment,
+        slot: None,
+        device: Box::new(device),
+    }])
+}
+
+fn console(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
+    let console = &config.console;
+    let fail = |e: io::Error| failed(format!("console.mode {:?}", console.mode), e);
+    let (output, input) = match console.mode {
+        ConsoleMode::Off => return Ok(Vec::new()),
+        ConsoleMode::Null => (ConsoleOutput::Discard, None),
+        ConsoleMode::Tty => {
+            let input = (config.serial.mode != ConsoleMode::Tty)
+                .then(stdin)
+                .transpose()
+                .map_err(fail)?;
+            (ConsoleOutput::Fd(stdout().map_err(fail)?), input)
+        }
+        ConsoleMode::File => {
+            let file = open_output(console.file.as_deref()).map_err(|e| failed("console.file", e))?;
+            (ConsoleOutput::Fd(file.into()), None)
+        }
+        ConsoleMode::Pty | ConsoleMode::Socket => return Err(failed("console.mode", unsupported_mode())),
+    };
+    let device = Console::new(output, input, None).map_err(fail)?;
+    Ok(vec![Wanted {
+        id: console.id.clone().unwrap_or_else(|| "__console".to_owned()),
+        kind: "console",
+        segment: console.pci_segment,
+        slot: None,
+        device: Box::new(device),
+    }])
+}
+
+/// Words for console modes that do not exist here.
+pub(crate) fn unsupported_mode() -> &'static str {
+    "Pty and Socket are not supported yet; use Off, Null, Tty or File"
+}
+
+/// A descriptor of the monitor's standard output.
+pub(crate) fn stdout() -> io::Result<OwnedFd> {
+    io::stdout().as_fd().try_clone_to_owned()
+}
+
+/// A descriptor of the monitor's standard input.
+pub(crate) fn stdin() -> io::Result<OwnedFd> {
+    io::stdin().as_fd().try_clone_to_owned()
+}
+
+/// Opens a console's output file, emptied.
+pub(crate) fn open_output(path: Option<&std::path::Path>) -> io::Result<File> {
+    let path = path.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "mode File needs a file"))?;
+    File::create(path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+}
