@@ -191,3 +191,6 @@ pub(crate) fn nested(text: &str) -> Result<BTreeMap<String, Node>, FieldError> {
         inner.ok_or_else(|| FieldError::new(format!("`{text}` is no structure; write <key=value,key=value>")))?;
     pairs(inner).map_err(|e| FieldError::new(e.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -792,3 +792,6 @@ fn identifiers(config: &VmConfig, found: &mut Findings) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -169,3 +169,6 @@ fn content_length(value: &[u8]) -> Result<usize, Refused> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests;
