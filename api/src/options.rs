@@ -119,12 +119,10 @@ fn split(text: &str, keep_quotes: bool) -> Result<Vec<String>, OptionsError> {
                 }
             }
             '[' | '<' if !quoted => open.push(c),
-            ']' | '>' if !quoted => {
-                if open.pop() != Some(if c == ']' { '[' } else { '<' }) {
-                    return Err(refuse(
-                        "a bracket is closed that was not opened; quote it if it is part of a value",
-                    ));
-                }
+            ']' | '>' if !quoted && open.pop() != Some(if c == ']' { '[' } else { '<' }) => {
+                return Err(refuse(
+                    "a bracket is closed that was not opened; quote it if it is part of a value",
+                ));
             }
             ',' if !quoted && open.is_empty() => {
                 pieces.push(std::mem::take(&mut piece));

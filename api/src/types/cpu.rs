@@ -38,10 +38,9 @@ pub struct CpusConfig {
 
 impl Default for CpusConfig {
     fn default() -> Self {
-        Self {
-            given: false,
-            ..CpusWire::default().into()
-        }
+        let mut cpus = Self::from(CpusWire::default());
+        cpus.given = false;
+        cpus
     }
 }
 
