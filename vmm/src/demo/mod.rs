@@ -2,9 +2,9 @@
 //! creates a pod from the built-in image over the API socket, has it use virtio-fs, blk and vsock and prove by a signed
 //! report what it is, checks every result against the host's own copy, and leaves nothing behind.
 
-mod agent;
+pub mod agent;
 mod monitor;
-mod pattern;
+pub mod pattern;
 mod results;
 mod scratch;
 mod steps;
@@ -139,13 +139,10 @@ impl Setting {
     /// The body of vm.create.
     fn config(&self) -> Value {
         let isolation = if self.native { "none" } else { "snp-emulated" };
-        let mut payload = json!({"igvm": self.image()});
-        if !self.native {
-            payload["host_data"] = json!(hex::encode(&self.host_data));
-        }
+        let host_data = (!self.native).then(|| hex::encode(&self.host_data));
         json!({
             "pod": {"handler": "kata-cc", "memory_limit": MEMORY_LIMIT},
-            "payload": payload,
+            "payload": {"igvm": self.image(), "host_data": host_data},
             "platform": {"isolation": isolation},
             "disks": [{"path": self.disk(), "image_type": "Raw"}],
             "fs": [{"tag": "share", "shared_dir": self.share()}],
@@ -211,8 +208,8 @@ fn boot(setting: &Setting, monitor: &mut Monitor, results: &mut Results) -> io::
     let info = monitor
         .request("GET", "vm.info", None)?
         .ok_or_else(|| io::Error::other("vm.info has no body"))?;
-    let vcpus = &info["config"]["cpus"]["boot_vcpus"];
-    results.figure("memory_bytes", info["config"]["memory"]["size"].clone());
+    let vcpus = told(&info, "/config/cpus/boot_vcpus");
+    results.figure("memory_bytes", told(&info, "/config/memory/size"));
     results.figure("vcpus", vcpus.clone());
     let digest = if setting.native {
         None
@@ -232,6 +229,11 @@ fn boot(setting: &Setting, monitor: &mut Monitor, results: &mut Results) -> io::
     Ok((digest, agent))
 }
 
+/// What vm.info says at `pointer` (RFC 6901); null when it says nothing there.
+fn told(info: &Value, pointer: &str) -> Value {
+    info.pointer(pointer).cloned().unwrap_or_default()
+}
+
 /// The digest predicted from the image alone, held against the one that the processor computed.
 fn digests(info: &Value, vcpus: u64, results: &mut Results) -> io::Result<[u8; 48]> {
     let plan = podvisor_firmware::igvm::plan(
@@ -245,8 +247,9 @@ fn digests(info: &Value, vcpus: u64, results: &mut Results) -> io::Result<[u8; 4
     let vcpus = u32::try_from(vcpus).map_err(io::Error::other)?;
     let predicted = podvisor_snp::digest::predict(&plan, vcpus).map_err(io::Error::other)?;
     let expected = hex::encode(&predicted.digest);
-    let launched = info["podvisor"]["digest"].as_str().unwrap_or_default();
-    results.figure("isolation", info["podvisor"]["isolation"].clone());
+    let launched = told(info, "/podvisor/digest");
+    let launched = launched.as_str().unwrap_or_default();
+    results.figure("isolation", told(info, "/podvisor/isolation"));
     results.figure("digest_predicted", json!(expected));
     results.figure("digest_launched", json!(launched));
     results.figure("measured_bytes", json!(predicted.measured_bytes));

@@ -9,7 +9,7 @@ use podvisor_api::http::Client;
 use serde_json::Value;
 
 /// The child; killed and reaped on drop if it still runs.
-pub struct Monitor {
+pub(crate) struct Monitor {
     child: Child,
     socket: PathBuf,
     log: PathBuf,
@@ -21,7 +21,7 @@ impl Monitor {
     ///
     /// # Errors
     /// When it cannot be started or does not answer within ten seconds.
-    pub fn start(socket: &Path, log: &Path) -> io::Result<Self> {
+    pub(crate) fn start(socket: &Path, log: &Path) -> io::Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg("--api-socket")
             .arg(socket)
@@ -60,7 +60,7 @@ impl Monitor {
     ///
     /// # Errors
     /// When the socket fails or the answer is not a success; the monitor's own words are in the error.
-    pub fn request(&mut self, method: &str, endpoint: &str, body: Option<&Value>) -> io::Result<Option<Value>> {
+    pub(crate) fn request(&mut self, method: &str, endpoint: &str, body: Option<&Value>) -> io::Result<Option<Value>> {
         let body = body.map(Value::to_string);
         let response = self
             .client
@@ -79,7 +79,7 @@ impl Monitor {
     ///
     /// # Errors
     /// When the kernel does not tell.
-    pub fn own_rss_kib(&self) -> io::Result<u64> {
+    pub(crate) fn own_rss_kib(&self) -> io::Result<u64> {
         let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.child.id()))?;
         Ok(own_rss_kib(&smaps))
     }
@@ -88,7 +88,7 @@ impl Monitor {
     ///
     /// # Errors
     /// When it has not ended within `patience`, or ended with a failure; its log is in the error.
-    pub fn wait(&mut self, patience: Duration) -> io::Result<()> {
+    pub(crate) fn wait(&mut self, patience: Duration) -> io::Result<()> {
         let deadline = Instant::now() + patience;
         loop {
             match self.child.try_wait()? {
@@ -109,13 +109,13 @@ impl Monitor {
 
     /// What the monitor said on stderr.
     #[must_use]
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Whether its socket is still there.
     #[must_use]
-    pub fn socket_exists(&self) -> bool {
+    pub(crate) fn socket_exists(&self) -> bool {
         self.socket.exists()
     }
 }

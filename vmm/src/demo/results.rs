@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::{Map, Value, json};
 
 /// Collects steps, checks and figures of one run.
-pub struct Results {
+pub(crate) struct Results {
     start: Instant,
     quiet: bool,
     steps: Vec<(String, f64)>,
@@ -18,7 +18,7 @@ pub struct Results {
 impl Results {
     /// A run that began at `start`. `quiet` prints nothing while it goes on.
     #[must_use]
-    pub fn new(start: Instant, quiet: bool) -> Self {
+    pub(crate) fn new(start: Instant, quiet: bool) -> Self {
         Self {
             start,
             quiet,
@@ -31,7 +31,7 @@ impl Results {
 
     /// A step is done: `name` is its key in `timings_ms`, `text` what a person reads.
     #[expect(clippy::print_stdout, reason = "the command's output")]
-    pub fn step(&mut self, name: &str, text: &str) {
+    pub(crate) fn step(&mut self, name: &str, text: &str) {
         let at = self.start.elapsed().as_secs_f64() * 1e3;
         if !self.quiet {
             println!("{at:8.1} ms  {text}");
@@ -41,7 +41,7 @@ impl Results {
 
     /// Records a check's outcome; `why` is told when it failed.
     #[expect(clippy::print_stdout, reason = "the command's output")]
-    pub fn check(&mut self, name: &str, outcome: Result<(), String>) {
+    pub(crate) fn check(&mut self, name: &str, outcome: Result<(), String>) {
         // A check made in two parts holds only if both do.
         let so_far = self.checks.get(name) != Some(&Value::Bool(false));
         self.checks.insert(name.to_owned(), json!(so_far && outcome.is_ok()));
@@ -54,19 +54,19 @@ impl Results {
     }
 
     /// Records a figure of the JSON object.
-    pub fn figure(&mut self, name: &str, value: Value) {
+    pub(crate) fn figure(&mut self, name: &str, value: Value) {
         self.figures.insert(name.to_owned(), value);
     }
 
     /// What failed, check by check.
     #[must_use]
-    pub fn failures(&self) -> &[String] {
+    pub(crate) fn failures(&self) -> &[String] {
         &self.failures
     }
 
     /// The one-line JSON object.
     #[must_use]
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let mut object = self.figures.clone();
         object.extend(self.checks.clone());
         let timings: Map<String, Value> = self
@@ -80,7 +80,7 @@ impl Results {
 
     /// The table for a person.
     #[must_use]
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let mut text = String::from("\nstep                     at (ms)   took (ms)\n");
         let mut before = 0.0;
         for (name, at) in &self.steps {

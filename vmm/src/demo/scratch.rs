@@ -6,14 +6,14 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// The directory; removed with all it holds on drop.
-pub struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
     /// Makes one below the system's temporary directory, open to this user only.
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let base = std::env::temp_dir();
         for attempt in 0..100 {
             let path = base.join(format!("podvisor-demo-{}-{attempt}", std::process::id()));
@@ -31,7 +31,7 @@ impl Scratch {
 
     /// Where it is.
     #[must_use]
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }

@@ -17,7 +17,7 @@ use super::tree::{Manifest, sha256_hex};
 use crate::hex;
 
 /// Port on which the host waits for the stream that the pod opens.
-pub const HOST_PORT: u32 = 5005;
+pub(crate) const HOST_PORT: u32 = 5005;
 /// Bytes sent each way over vsock.
 const VSOCK_BYTES: usize = 256 * 1024 + 3;
 /// Bytes of the file that the pod writes.
@@ -28,10 +28,10 @@ const FILE_NAME: &str = "written-by-the-pod.bin";
 const SECTORS: usize = 4096;
 const FIRST_SECTOR: u64 = 1024;
 /// Size of the demo's disk in bytes.
-pub const DISK_BYTES: u64 = 16 << 20;
+pub(crate) const DISK_BYTES: u64 = 16 << 20;
 
 /// Why a check failed.
-pub type Failure = String;
+pub(crate) type Failure = String;
 
 fn say(error: impl std::fmt::Display) -> Failure {
     error.to_string()
@@ -47,7 +47,7 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: &T, expected: &T) -> Re
 
 /// The pod's report over a nonce that the host chose: chain up to the emulated root, signature, nonce, policy, digest.
 /// The HOST_DATA it carries.
-pub fn attest(agent: &mut Agent, digest: &[u8; 48], policy: u64, nonce: [u8; 64]) -> Result<[u8; 32], Failure> {
+pub(crate) fn attest(agent: &mut Agent, digest: &[u8; 48], policy: u64, nonce: [u8; 64]) -> Result<[u8; 32], Failure> {
     let answer = agent.command(&format!("report {}", hex::encode(&nonce))).map_err(say)?;
     let bytes = |key: &str| {
         let text = answer.value(key).ok_or(format!("no {key} in the pod's answer"))?;
@@ -65,7 +65,7 @@ pub fn attest(agent: &mut Agent, digest: &[u8; 48], policy: u64, nonce: [u8; 64]
 }
 
 /// A stream opened by the host, echoed, and one opened by the pod.
-pub fn vsock(agent: &mut Agent, socket: &Path, seed: u64) -> Result<(), Failure> {
+pub(crate) fn vsock(agent: &mut Agent, socket: &Path, seed: u64) -> Result<(), Failure> {
     let data = pattern(seed, VSOCK_BYTES);
     if agent.echo(&data).map_err(say)? != data {
         return Err("the pod echoed other bytes than it was sent".into());
@@ -92,7 +92,7 @@ pub fn vsock(agent: &mut Agent, socket: &Path, seed: u64) -> Result<(), Failure>
 /// Takes the pod's stream and all it carries.
 fn receive(listener: &UnixListener) -> Result<Vec<u8>, Failure> {
     let deadline = Instant::now() + Duration::from_secs(10);
-    let mut stream = loop {
+    let stream = loop {
         match listener.accept() {
             Ok((stream, _)) => break stream,
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline => {
@@ -112,7 +112,7 @@ fn receive(listener: &UnixListener) -> Result<Vec<u8>, Failure> {
 }
 
 /// The shared directory: every file's hash as the pod saw it, and a file that the pod wrote as the host sees it.
-pub fn shared_directory(agent: &mut Agent, root: &Path, manifest: &Manifest, seed: u64) -> Result<(), Failure> {
+pub(crate) fn shared_directory(agent: &mut Agent, root: &Path, manifest: &Manifest, seed: u64) -> Result<(), Failure> {
     let walked = listing(&agent.command("fs-walk").map_err(say)?)?;
     same("the number of files that the pod saw", &walked.len(), &manifest.len())?;
     for (path, expected) in manifest {
@@ -145,7 +145,7 @@ fn listing(answer: &Answer) -> Result<BTreeMap<String, (String, usize)>, Failure
 }
 
 /// The disk, while the pod runs: written, flushed, read again by the pod.
-pub fn disk(agent: &mut Agent, seed: u64) -> Result<(), Failure> {
+pub(crate) fn disk(agent: &mut Agent, seed: u64) -> Result<(), Failure> {
     agent
         .command(&format!("blk-write {FIRST_SECTOR} {SECTORS} {seed}"))
         .map_err(say)?;
@@ -161,7 +161,7 @@ pub fn disk(agent: &mut Agent, seed: u64) -> Result<(), Failure> {
 }
 
 /// The disk, after the pod is gone: what it wrote is there, and nothing else is.
-pub fn disk_afterwards(path: &Path, seed: u64) -> Result<(), Failure> {
+pub(crate) fn disk_afterwards(path: &Path, seed: u64) -> Result<(), Failure> {
     let file = File::open(path).map_err(say)?;
     same("the disk's size", &file.metadata().map_err(say)?.len(), &DISK_BYTES)?;
     let mut contents = vec![0; usize::try_from(DISK_BYTES).map_err(say)?];

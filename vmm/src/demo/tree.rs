@@ -10,28 +10,28 @@ use aws_lc_rs::digest::{SHA256, digest};
 use super::pattern::pattern;
 
 /// Files in the tree.
-pub const FILES: usize = 120;
+pub(crate) const FILES: usize = 120;
 /// Folders they are spread over.
 const FOLDERS: usize = 10;
 /// Bytes in the tree, together: 32 MiB and a little.
-pub const BYTES: usize = FILES / 8 * (SMALL * 7 + LARGE);
+pub(crate) const BYTES: usize = FILES / 8 * (SMALL * 7 + LARGE);
 const SMALL: usize = 96 * 1024 + 17;
 const LARGE: usize = 1_600_000;
 
 /// SHA-256 in lower-case hex.
 #[must_use]
-pub fn sha256_hex(bytes: &[u8]) -> String {
+pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
     crate::hex::encode(digest(&SHA256, bytes).as_ref())
 }
 
 /// What the tree holds: SHA-256 and size by path relative to its root.
-pub type Manifest = BTreeMap<String, (String, usize)>;
+pub(crate) type Manifest = BTreeMap<String, (String, usize)>;
 
 /// Makes the tree below `root` (which exists) from `seed`.
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn make(root: &Path, seed: u64) -> io::Result<Manifest> {
+pub(crate) fn make(root: &Path, seed: u64) -> io::Result<Manifest> {
     let mut manifest = Manifest::new();
     for folder in 0..FOLDERS {
         fs::create_dir(root.join(format!("folder-{folder}")))?;
