@@ -73,7 +73,7 @@ fuzz_target!(|data: &[u8]| {
     check_secret(&h);
     let said = sink.0.lock().unwrap();
     assert!(
-        !said.windows(64).any(|w| w == [SECRET; 64]),
+        !said.split(|b| *b != SECRET).any(|run| run.len() >= 64),
         "private bytes were printed"
     );
 });
