@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     fn disk_with(edit: impl Fn(&mut Vec<u8>)) -> tempfile::NamedTempFile {
-        let mut contents = vec![0; DISK_BYTES as usize];
+        let mut contents = vec![0; usize::try_from(DISK_BYTES).unwrap()];
         contents[1024 * 512..(1024 + SECTORS) * 512].copy_from_slice(&pattern(9, SECTORS * 512));
         edit(&mut contents);
         let file = tempfile::NamedTempFile::new().unwrap();
