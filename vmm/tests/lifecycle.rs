@@ -1,5 +1,7 @@
 //! The monitor as a process: its socket, its signals, its exit codes, what it refuses.
 
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's")]
+
 mod common;
 
 use std::process::{Command, Stdio};
