@@ -18,7 +18,7 @@ skip() { skipped=$((skipped + 1)); printf '\n== %s\n-- skipped: %s\n' "$1" "$2";
 
 unit_and_integration_tests() {
     local log; log=$(mktemp)
-    cargo nextest run --workspace --locked --no-fail-fast --success-output final --failure-output final >"$log" 2>&1 && local rc=0 || local rc=$?
+    PODVISOR_IGVM_MUTATIONS=1000000 cargo nextest run --workspace --locked --no-fail-fast --success-output final --failure-output final >"$log" 2>&1 && local rc=0 || local rc=$?
     grep -E '^ *(FAIL|SIGABRT|SIGSEGV|TIMEOUT|SLOW|Summary)|panicked|skipped: ' "$log" || true
     [ $rc = 0 ] || tail -n 200 "$log"
     rm -f "$log"
