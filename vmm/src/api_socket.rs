@@ -1,4 +1,4 @@
-//! The API socket in the control loop.
+//! The API socket in the control loop: requests go to the handlers, their replies back to whom they came from.
 
 use std::error::Error;
 use std::os::fd::{AsRawFd, RawFd};
@@ -8,20 +8,30 @@ use podvisor_api::http::{Response, Server};
 
 use crate::handlers::{Call, State, answer};
 use crate::pod::{Events, PodSlot};
+use crate::sys;
 
-/// The socket.
+/// The socket and its connections.
 pub struct ApiSocket(Server);
 
 impl ApiSocket {
-    /// Opens `PATH`, `path=PATH` or `fd=N`.
+    /// Serves what `--api-socket` names: `PATH`, `path=PATH`, or `fd=N` for a listening socket that was inherited.
     ///
     /// # Errors
-    /// When it cannot be served.
+    /// When another process serves the path, or it cannot be bound, or N is no listening UNIX socket.
     pub fn open(text: &str) -> Result<Self, Box<dyn Error + Send + Sync>> {
-        let path = text.strip_prefix("path=").unwrap_or(text);
-        Ok(Self(Server::bind(Path::new(path))?))
+        let server = if let Some(number) = text.strip_prefix("fd=") {
+            let fd = number
+                .parse()
+                .map_err(|_| format!("--api-socket fd={number}: not a descriptor's number"))?;
+            let fd = sys::inherited_listener(fd).map_err(|e| format!("--api-socket fd={number}: {e}"))?;
+            Server::from_fd(fd)?
+        } else {
+            Server::bind(Path::new(text.strip_prefix("path=").unwrap_or(text)))?
+        };
+        Ok(Self(server))
     }
-    /// Serves.
+
+    /// Answers the requests that have arrived.
     pub fn serve(&mut self, pod: &mut PodSlot, events: &mut Events, shutdown: &mut bool) {
         for incoming in self.0.poll() {
             let call = Call {
@@ -30,17 +40,17 @@ impl ApiSocket {
                 body: &incoming.request.body,
             };
             let reply = answer(&mut State { pod, events, shutdown }, &call);
-            self.0.respond(
-                incoming.connection,
-                &Response::new(reply.status, reply.body.unwrap_or_default()),
-            );
+            let response = Response::new(reply.status, reply.body.unwrap_or_default());
+            self.0.respond(incoming.connection, &response);
         }
     }
-    /// Flushes.
+
+    /// Writes out what clients have not yet taken, before the process ends.
     pub fn flush(&mut self) {
         self.0.drain();
     }
 }
+
 impl AsRawFd for ApiSocket {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()

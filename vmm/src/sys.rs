@@ -68,6 +68,34 @@ pub enum MemoryAdvice {
     Populate,
 }
 
+/// Takes over descriptor `fd`, inherited from the parent, if it is a listening UNIX socket.
+///
+/// # Errors
+/// EBADF when it is not open, EINVAL when it is no listening socket.
+pub fn inherited_listener(fd: RawFd) -> io::Result<OwnedFd> {
+    let mut listens: libc::c_int = 0;
+    let mut length = libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
+    // SAFETY: the two out-pointers are to live locals, and `length` is the size of the first; any fd may be asked about.
+    let asked = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_ACCEPTCONN,
+            (&raw mut listens).cast(),
+            &raw mut length,
+        )
+    };
+    if asked < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if listens == 0 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: the descriptor is open (it was just asked about), was handed to this process by its parent under this
+    // number, and nothing else in the process was told it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Makes every file and socket this process creates private to its user.
 pub fn private_umask() {
     // SAFETY: umask has no preconditions and cannot fail.

@@ -245,3 +245,29 @@ fn the_pods_limits_size_it() {
     assert_eq!(info["config"]["memory"]["size"], 2560u64 << 20);
     assert_eq!(info["config"]["cpus"]["boot_vcpus"], 3);
 }
+
+#[test]
+fn an_inherited_socket_is_served_and_a_wrong_descriptor_refused() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("api");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_podvisor"))
+        .args(["--api-socket", "fd=0"])
+        .stdin(std::os::fd::OwnedFd::from(listener))
+        .spawn()
+        .unwrap();
+    let mut client = Client::connect(&path).unwrap();
+    assert_eq!(client.request("GET", "vmm.ping", None).unwrap().status, 200);
+    client.request("PUT", "vmm.shutdown", None).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let out = Command::new(env!("CARGO_BIN_EXE_podvisor"))
+        .args(["--api-socket", "fd=0"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(!out.status.success());
+    assert!(String::from_utf8_lossy(&out.stderr).contains("fd=0"));
+}
