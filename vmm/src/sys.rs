@@ -6,6 +6,8 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Creates an anonymous file in memory (`memfd_create(2)`), close-on-exec; with `hugepages` backed by huge pages.
 ///
@@ -66,6 +68,30 @@ pub enum MemoryAdvice {
     DontDump,
     /// Allocate every page now.
     Populate,
+}
+
+/// Has the kernel send SIGTERM to the process that `command` starts when the thread that starts it ends.
+pub fn end_with_parent(command: &mut Command) {
+    let before_exec = || {
+        // SAFETY: prctl(PR_SET_PDEATHSIG) takes one number, touches no memory, and is async-signal-safe.
+        if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    // SAFETY: the closure makes one async-signal-safe system call and does not allocate.
+    unsafe { command.pre_exec(before_exec) };
+}
+
+/// Sends SIGKILL to process `pid`; one that is gone is no error.
+pub fn kill(pid: u32) {
+    if let Ok(pid) = libc::pid_t::try_from(pid)
+        && pid > 0
+    {
+        // SAFETY: kill touches no memory; a positive pid names one process.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
 }
 
 /// Takes over descriptor `fd`, inherited from the parent, if it is a listening UNIX socket.

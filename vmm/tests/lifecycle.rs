@@ -271,3 +271,27 @@ fn an_inherited_socket_is_served_and_a_wrong_descriptor_refused() {
     assert!(!out.status.success());
     assert!(String::from_utf8_lossy(&out.stderr).contains("fd=0"));
 }
+
+#[test]
+fn an_interrupted_demo_leaves_nothing_behind() {
+    if !kvm() {
+        return;
+    }
+    for wait_ms in [1, 30, 120, 250] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut demo = Command::new(env!("CARGO_BIN_EXE_podvisor"))
+            .args(["demo", "--json"])
+            .env("TMPDIR", dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(wait_ms));
+        let status = Command::new("kill").arg(demo.id().to_string()).status().unwrap();
+        assert!(status.success());
+        let ended = demo.wait().unwrap();
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+        // The signal may come before the demo takes signals, when there is nothing to clean up, or after its end.
+        assert!(left.is_empty(), "after {wait_ms} ms ({ended}): {left:?}");
+    }
+}

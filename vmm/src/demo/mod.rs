@@ -3,6 +3,7 @@
 //! report what it is, checks every result against the host's own copy, and leaves nothing behind.
 
 pub mod agent;
+mod interrupt;
 mod monitor;
 pub mod pattern;
 mod results;
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::hex;
 use agent::Agent;
+use interrupt::{Interrupt, Signals};
 use monitor::Monitor;
 use results::Results;
 use scratch::Scratch;
@@ -154,11 +156,14 @@ impl Setting {
 }
 
 fn demo(args: &DemoArgs, results: &mut Results) -> Result<(), io::Error> {
+    let signals = Signals::take()?;
     let setting = Setting::new(args.native)?;
+    let interrupt = Interrupt::watch(signals, setting.scratch.path().to_owned())?;
     std::thread::scope(|scope| {
         // The tree is made while the pod boots; both are needed only when the pod walks it.
         let tree = scope.spawn(|| tree::make(&setting.share(), setting.seed));
         let mut monitor = Monitor::start(&setting.path("api.sock"), &setting.path("monitor.log"))?;
+        interrupt.monitor_is(monitor.pid());
         results.step("monitor_ready", "podvisor answers on its API socket");
         let outcome = boot(&setting, &mut monitor, results).and_then(|(digest, mut agent)| {
             if let Some(digest) = digest {

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use podvisor_api::http::Client;
 use serde_json::Value;
 
+use crate::sys;
+
 /// The child; killed and reaped on drop if it still runs.
 pub(crate) struct Monitor {
     child: Child,
@@ -22,14 +24,16 @@ impl Monitor {
     /// # Errors
     /// When it cannot be started or does not answer within ten seconds.
     pub(crate) fn start(socket: &Path, log: &Path) -> io::Result<Self> {
-        let mut child = Command::new(std::env::current_exe()?)
+        let mut command = Command::new(std::env::current_exe()?);
+        command
             .arg("--api-socket")
             .arg(socket)
             .arg("-v")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(std::fs::File::create(log)?)
-            .spawn()?;
+            .stderr(std::fs::File::create(log)?);
+        sys::end_with_parent(&mut command);
+        let mut child = command.spawn()?;
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             match Client::connect(socket) {
@@ -54,6 +58,12 @@ impl Monitor {
                 }
             }
         }
+    }
+
+    /// Its process.
+    #[must_use]
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Sends a request of API v1 and takes the answer.
