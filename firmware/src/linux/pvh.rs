@@ -173,12 +173,7 @@ fn entry(elf: &Elf<'_>) -> Result<u64, PvhError> {
 }
 
 /// Segments must be in RAM from 1 MiB on, apart from each other, and hold the entry. Returns their end.
-fn check_segments(
-    elf: &Elf<'_>,
-    entry: u64,
-    low_start: u64,
-    machine: &MachineDescription,
-) -> Result<u64, PvhError> {
+fn check_segments(elf: &Elf<'_>, entry: u64, low_start: u64, machine: &MachineDescription) -> Result<u64, PvhError> {
     let mut ranges: Vec<(u64, u64)> = elf
         .segments
         .iter()

@@ -192,7 +192,10 @@ fn kernels_that_cannot_boot_say_why() {
         other => panic!("{other}"),
     };
     let headers = [load(0xF_F000, 0x120, b"h"), good(), entry_note(0x100_0000)];
-    assert!(plan(&elf(true, &headers), None, "", &machine, None).is_ok(), "a page of ELF headers below 1 MiB");
+    assert!(
+        plan(&elf(true, &headers), None, "", &machine, None).is_ok(),
+        "a page of ELF headers below 1 MiB"
+    );
     let across = [load(0xF_F000, 0x1001, b"h"), good(), entry_note(0x100_0000)];
     assert!(segment(&across).1.contains("1 MiB"));
     assert!(
