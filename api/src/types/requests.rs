@@ -1,5 +1,6 @@
 //! Bodies of the requests and responses other than the configuration itself.
 
+use crate::options::OptionForm;
 use serde::{Deserialize, Serialize};
 
 /// `vmm.ping`.
@@ -84,3 +85,8 @@ pub struct RestoreConfig {
     #[serde(default)]
     pub resume: bool,
 }
+
+impl OptionForm for VmResize {}
+impl OptionForm for VmResizeDisk {}
+impl OptionForm for VmResizeZone {}
+impl OptionForm for RestoreConfig {}

@@ -36,6 +36,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Run the built-in pod once, end to end, and check everything it does.
     Demo(crate::demo::DemoArgs),
+    /// Tell a running monitor what to do, as ch-remote does.
+    Ctl(super::ctl::CtlArgs),
     /// Print the memory and vCPUs that a pod's limits make.
     Size(SizeArgs),
     /// Predict the launch digest of an IGVM image, without a hypervisor.

@@ -2,6 +2,7 @@
 //! Exit codes: 0 done, 1 it failed, 2 wrong usage or no /dev/kvm.
 
 mod args;
+mod ctl;
 mod inspect;
 mod measure;
 mod run;
@@ -41,6 +42,7 @@ pub fn run(start: Instant) -> ExitCode {
     let args = Args::parse();
     let outcome = match args.command {
         None => run::run(args.run, start),
+        Some(Command::Ctl(args)) => ctl::run(&args),
         Some(Command::Size(args)) => size::run(&args),
         Some(Command::Measure(args)) => measure::run(&args),
         Some(Command::Demo(args)) => return ExitCode::from(crate::demo::run(&args)),
