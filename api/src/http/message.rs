@@ -61,11 +61,12 @@ impl Response {
             &self.body
         };
         if !matches!(self.status, 100..=199 | 204) {
-            if !body.is_empty() {
-                head.push_str("Content-Type: application/json\r\n");
-            }
             // Writing to a String cannot fail.
-            let _ = write!(head, "Content-Length: {}\r\n", body.len());
+            let _ = write!(
+                head,
+                "Content-Type: application/json\r\nContent-Length: {}\r\n",
+                body.len()
+            );
         }
         head.push_str("\r\n");
         let mut bytes = head.into_bytes();
