@@ -108,7 +108,7 @@ fn responses_on_the_wire() {
     rig.answer(200, "");
     read_exactly(
         &mut client,
-        "HTTP/1.1 200 \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\nContent-Length: 0\r\n\r\n",
+        "HTTP/1.1 200 \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\nContent-Type: application/json\r\nContent-Length: 0\r\n\r\n",
     );
     client.write_all(PING).unwrap();
     let incoming = rig.one();

@@ -121,7 +121,7 @@ fn play(name: &str) {
     let steps = scenario["steps"].as_array().unwrap();
     for (number, (step, then)) in steps.iter().zip(recorded[name].as_array().unwrap()).enumerate() {
         send(&mut stream, step, dir);
-        let (status, headers, body) = answer(&mut stream).unwrap_or_else(|| panic!("{name} {number}: no answer"));
+        let (status, headers, body) = answer(&mut stream).unwrap_or_else(|| unreachable!("{name} {number}: no answer"));
         let what = format!("{name} {number} {step}: {status} {body}");
         let then_status = then["status"].as_str().unwrap();
         let expected = shape(then_status, then["body"].as_str().unwrap_or_default());
