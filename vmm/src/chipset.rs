@@ -8,7 +8,7 @@ use event_manager::MutEventSubscriber;
 use podvisor_api::types::{ConsoleMode, SerialConfig};
 use podvisor_devices::bus::{Bus, BusDevice, BusError, SharedBusDevice};
 use podvisor_devices::legacy::{
-    AcpiPower, Cmos, CpuHotplug, DebugPort, ExitReason, ExitSink, Ged, GedEvent, HotplugSink, I8042, Output,
+    AcpiPower, Cmos, CpuHotplug, DebugPort, ExitReason, ExitSink, Ged, GedEvent, HotplugSink, I8042, IoApic, Output,
     PciHotplug, PmTimer, Serial, SerialSubscriber,
     acpi_pm::{ACPI_POWER_SIZE, PM_TIMER_SIZE},
     cmos::CMOS_SIZE,
@@ -17,6 +17,7 @@ use podvisor_devices::legacy::{
     serial::SERIAL_SIZE,
 };
 use podvisor_devices::pci::{PciRoot, Window};
+use podvisor_devices::platform::IrqLine;
 use podvisor_firmware::acpi::AcpiMachine;
 use podvisor_firmware::layout;
 use podvisor_firmware::plan::GpaRange;
@@ -153,8 +154,17 @@ impl Chipset {
             pio.insert(port.into(), len, device)?;
         }
         let segments = pci(machine, &buses)?;
+        let vm = Arc::clone(kvm.vm());
+        let send = Box::new(move |message| KvmHypervisor::send_msi(&vm, &message));
+        let ioapic = Arc::new(Mutex::new(IoApic::new(send)));
+        mmio.insert(
+            layout::IOAPIC_START,
+            layout::IOAPIC_SIZE,
+            Arc::clone(&ioapic) as SharedBusDevice,
+        )?;
+        let line = |irq: u32| IoApic::line(&ioapic, usize::try_from(irq).unwrap_or(usize::MAX));
         let area = machine.device_area();
-        let ged = Arc::new(Mutex::new(Ged::new(kvm.irq_line(layout::GED_IRQ))));
+        let ged = Arc::new(Mutex::new(Ged::new(line(layout::GED_IRQ))));
         mmio.insert(area.ged, layout::GED_SIZE, Arc::clone(&ged) as SharedBusDevice)?;
         let hotplug: Arc<dyn HotplugSink> = Arc::new(NoHotplug);
         let count = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
@@ -165,7 +175,7 @@ impl Chipset {
             PCI_HOTPLUG_SIZE,
             shared(PciHotplug::new(machine.segments, hotplug)),
         )?;
-        let serial = serial_port(serial, kvm)?;
+        let serial = serial_port(serial, line(layout::SERIAL_IRQ))?;
         if let Some(serial) = &serial {
             pio.insert(
                 layout::SERIAL_PORT.into(),
@@ -242,7 +252,7 @@ fn pci(machine: &AcpiMachine, buses: &Buses) -> Result<Vec<Arc<PciRoot>>, BusErr
     Ok(segments)
 }
 
-fn serial_port(config: &SerialConfig, kvm: &KvmHypervisor) -> Result<Option<Arc<Mutex<Serial>>>, ChipsetError> {
+fn serial_port(config: &SerialConfig, line: Arc<dyn IrqLine>) -> Result<Option<Arc<Mutex<Serial>>>, ChipsetError> {
     let fail = |field| move |source| ChipsetError::Serial { field, source };
     let (output, input) = match config.mode {
         ConsoleMode::Off => return Ok(None),
@@ -259,6 +269,6 @@ fn serial_port(config: &SerialConfig, kvm: &KvmHypervisor) -> Result<Option<Arc<
             return Err(fail("mode")(std::io::Error::other(registry::unsupported_mode())));
         }
     };
-    let serial = Serial::new(kvm.irq_line(layout::SERIAL_IRQ), output, input).map_err(fail("mode"))?;
+    let serial = Serial::new(line, output, input).map_err(fail("mode"))?;
     Ok(Some(Arc::new(Mutex::new(serial))))
 }

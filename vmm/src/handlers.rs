@@ -245,16 +245,6 @@ fn counters(state: &mut State<'_>, _: &[u8]) -> Outcome {
 
 fn create(state: &mut State<'_>, body: &[u8]) -> Outcome {
     let config: VmConfig = from_json(body).map_err(|e: JsonError| Refusal::new(400, e.to_string()))?;
-    if config
-        .payload
-        .as_ref()
-        .is_none_or(podvisor_api::types::PayloadConfig::is_empty)
-    {
-        return Err(Refusal::new(
-            400,
-            "payload: nothing to boot; give payload.igvm or payload.kernel",
-        ));
-    }
     state.pod.create(config)?;
     done()
 }

@@ -1,5 +1,4 @@
-//! The devices' view of KVM: doorbells as ioeventfds, MSI vectors as irqfds over lazily made GSI routes, interrupt
-//! pins. A vector costs nothing before it is raised for the first time: routes that the guest programmed meanwhile go
+//! The devices' view of KVM: doorbells as ioeventfds, MSI vectors as irqfds over lazily made GSI routes. A vector costs nothing before it is raised for the first time: routes that the guest programmed meanwhile go
 //! to KVM in one table.
 
 use std::io;
@@ -7,11 +6,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_msi, kvm_msi,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use podvisor_devices::platform::{Hypervisor, IrqLine, MsiMessage, MsiVectors};
+use podvisor_devices::platform::{Hypervisor, MsiMessage, MsiVectors};
 use podvisor_firmware::layout::FIRST_MSI_GSI;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -47,7 +46,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl KvmHypervisor {
-    /// The hypervisor side of `vm`, which has an in-kernel interrupt controller.
+    /// The hypervisor side of `vm`, which has local APICs in the kernel ([`split_irqchip`]).
     #[must_use]
     pub fn new(vm: Arc<VmFd>) -> Self {
         let routes = Arc::new(Routes {
@@ -57,14 +56,46 @@ impl KvmHypervisor {
         Self { vm, routes }
     }
 
-    /// Interrupt pin `gsi`, raised as an edge.
-    #[must_use]
-    pub fn irq_line(&self, gsi: u32) -> Arc<dyn IrqLine> {
-        Arc::new(Pin {
-            vm: Arc::clone(&self.vm),
-            gsi,
-        })
+    /// Sends `message` without a route: what is rare (interrupt pins) needs no more.
+    ///
+    /// # Errors
+    /// When KVM refuses the message.
+    pub fn send_msi(vm: &VmFd, message: &MsiMessage) -> io::Result<()> {
+        let (address_lo, address_hi) = halves(message.address);
+        let msi = kvm_msi {
+            address_lo,
+            address_hi,
+            data: message.data,
+            ..Default::default()
+        };
+        // A guest that has masked the interrupt, or has no such APIC, is no error of ours.
+        vm.signal_msi(msi).map(|_| ()).map_err(os_error)
     }
+
+    /// The VM behind it.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+}
+
+/// Gives `vm` local APICs in the kernel and no other interrupt controller: interrupt pins are the chipset's, which is
+/// why MSI routes begin at [`FIRST_MSI_GSI`].
+///
+/// # Errors
+/// As KVM.
+pub fn split_irqchip(vm: &VmFd) -> io::Result<()> {
+    vm.enable_cap(&kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        args: [FIRST_MSI_GSI.into(), 0, 0, 0],
+        ..Default::default()
+    })
+    .map_err(os_error)
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the halves of the address")]
+fn halves(address: u64) -> (u32, u32) {
+    (address as u32, (address >> 32) as u32)
 }
 
 impl Hypervisor for KvmHypervisor {
@@ -102,7 +133,7 @@ impl Routes {
         if !table.dirty {
             return Ok(());
         }
-        let mut entries = pin_routes();
+        let mut entries = Vec::with_capacity(table.messages.len());
         for (gsi, message) in (FIRST_MSI_GSI..).zip(&table.messages) {
             if let Some(message) = message {
                 entries.push(msi_route(gsi, message));
@@ -115,34 +146,16 @@ impl Routes {
     }
 }
 
-/// KVM's own default routes: the table that `KVM_SET_GSI_ROUTING` takes replaces them.
-fn pin_routes() -> Vec<kvm_irq_routing_entry> {
-    let pin = |gsi, irqchip, pin| {
-        let mut entry = kvm_irq_routing_entry {
-            gsi,
-            type_: KVM_IRQ_ROUTING_IRQCHIP,
-            ..Default::default()
-        };
-        entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
-        entry
-    };
-    let mut entries: Vec<_> = (0..24).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi)).collect();
-    entries.extend((0..8).map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)));
-    entries.extend((8..16).map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)));
-    entries
-}
-
 fn msi_route(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
     let mut entry = kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_MSI,
         ..Default::default()
     };
-    #[expect(clippy::cast_possible_truncation, reason = "the halves of the address")]
-    let (low, high) = (message.address as u32, (message.address >> 32) as u32);
+    let (address_lo, address_hi) = halves(message.address);
     entry.u.msi = kvm_irq_routing_msi {
-        address_lo: low,
-        address_hi: high,
+        address_lo,
+        address_hi,
         data: message.data,
         ..Default::default()
     };
@@ -295,18 +308,6 @@ impl MsiVectors for Vectors {
     }
 }
 
-struct Pin {
-    vm: Arc<VmFd>,
-    gsi: u32,
-}
-
-impl IrqLine for Pin {
-    fn trigger(&self) -> io::Result<()> {
-        self.vm.set_irq_line(self.gsi, true).map_err(os_error)?;
-        self.vm.set_irq_line(self.gsi, false).map_err(os_error)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,7 +318,7 @@ mod tests {
             return None;
         };
         let vm = Arc::new(kvm.create_vm().unwrap());
-        vm.create_irq_chip().unwrap();
+        split_irqchip(&vm).unwrap();
         Some(vm)
     }
 
@@ -360,13 +361,18 @@ mod tests {
     }
 
     #[test]
-    fn a_doorbell_and_a_pin() {
+    fn a_doorbell_and_a_message() {
         let Some(vm) = vm() else { return };
         let kvm = KvmHypervisor::new(vm);
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
         kvm.add_doorbell(0xE000_0000, &fd).unwrap();
         kvm.remove_doorbell(0xE000_0000, &fd).unwrap();
         assert!(kvm.remove_doorbell(0xE000_0000, &fd).is_err());
-        kvm.irq_line(4).trigger().unwrap();
+        let _vcpu = kvm.vm.create_vcpu(0).unwrap();
+        let message = MsiMessage {
+            address: 0xFEE0_0000,
+            data: 0x24,
+        };
+        KvmHypervisor::send_msi(&kvm.vm, &message).unwrap();
     }
 }

@@ -27,7 +27,7 @@ use crate::chipset::Chipset;
 use crate::config::{Boot, PodPlan};
 use crate::cpuid::CpuidTemplate;
 use crate::isolation::Confidential;
-use crate::kvm::KvmHypervisor;
+use crate::kvm::{self, KvmHypervisor};
 use crate::launch_plain;
 use crate::memory::{GuestRam, ProcessorGate};
 use crate::registry;
@@ -142,21 +142,9 @@ impl Machine {
 
         let ram = GuestRam::new(plan.memory, &plan.ram).during("guest memory")?;
         let confidential = Confidential::new(plan, &ram)?;
-        let vm = create_vm(&kvm, confidential.as_ref())?;
-        if let Some(confidential) = &confidential {
-            confidential.init(&vm, &launch_plan)?;
-        }
-        ram.give_to(&vm, confidential.as_ref().map(Confidential::processor))
-            .during("guest memory")?;
+        let vm = create_vm(&kvm, &ram, confidential.as_ref(), &launch_plan)?;
         let fds = create_vcpus(&vm, plan.vcpus, &cpuid)?;
-        let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(&vm)));
-        let chipset = Chipset::new(&acpi, plan.memory, &plan.config.serial, &hypervisor, exit).during("devices")?;
-        let gate = confidential
-            .as_ref()
-            .map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
-        let memory = ram.pod_memory(gate).during("guest memory")?;
-        let mut subscribers = chipset.subscribers();
-        let devices = plug(plan, &chipset, &memory, &hypervisor, &mut subscribers)?;
+        let (chipset, devices, subscribers) = add_devices(plan, &vm, &acpi, &ram, confidential.as_ref(), exit)?;
         let built = start.elapsed();
 
         let confidential = match confidential {
@@ -343,10 +331,16 @@ fn plan_image<'i>(
     pvh::plan(image, initrd, &boot.cmdline, description, Some(&tables)).during(what())
 }
 
-fn create_vm(kvm: &Kvm, confidential: Option<&Confidential>) -> Result<Arc<VmFd>, BootError> {
+/// Creates the VM with its memory and local APICs.
+fn create_vm(
+    host: &Kvm,
+    ram: &GuestRam,
+    confidential: Option<&Confidential>,
+    image: &LaunchPlan<'_>,
+) -> Result<Arc<VmFd>, BootError> {
     let vm = match confidential {
-        Some(confidential) => kvm.create_vm_with_type(confidential.processor().vm_type()),
-        None => kvm.create_vm(),
+        Some(confidential) => host.create_vm_with_type(confidential.processor().vm_type()),
+        None => host.create_vm(),
     }
     .during("KVM_CREATE_VM")?;
     if !vm.check_extension(Cap::ImmediateExit) {
@@ -354,11 +348,16 @@ fn create_vm(kvm: &Kvm, confidential: Option<&Confidential>) -> Result<Arc<VmFd>
             "this KVM lacks KVM_CAP_IMMEDIATE_EXIT: Linux 4.13 or newer is needed",
         ));
     }
+    if let Some(confidential) = confidential {
+        confidential.init(&vm, image)?;
+    }
+    ram.give_to(&vm, confidential.map(Confidential::processor))
+        .during("guest memory")?;
     let tss = usize::try_from(layout::KVM_TSS_START).during("KVM_SET_TSS_ADDR")?;
     vm.set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
         .during("KVM_SET_IDENTITY_MAP_ADDR")?;
     vm.set_tss_address(tss).during("KVM_SET_TSS_ADDR")?;
-    vm.create_irq_chip().during("KVM_CREATE_IRQCHIP")?;
+    kvm::split_irqchip(&vm).during("KVM_CAP_SPLIT_IRQCHIP")?;
     Ok(Arc::new(vm))
 }
 
@@ -374,6 +373,24 @@ fn create_vcpus(vm: &VmFd, count: u32, cpuid: &CpuidTemplate) -> Result<Vec<Vcpu
             Ok(vcpu)
         })
         .collect()
+}
+
+/// Builds the chipset and plugs the devices of the configuration.
+fn add_devices(
+    plan: &PodPlan,
+    vm: &Arc<VmFd>,
+    acpi: &AcpiMachine,
+    ram: &GuestRam,
+    confidential: Option<&Confidential>,
+    exit: &Arc<ExitSignal>,
+) -> Result<(Chipset, Vec<DeviceInfo>, Subscribers), BootError> {
+    let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(vm)));
+    let chipset = Chipset::new(acpi, plan.memory, &plan.config.serial, &hypervisor, exit).during("devices")?;
+    let gate = confidential.map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
+    let memory = ram.pod_memory(gate).during("guest memory")?;
+    let mut subscribers = chipset.subscribers();
+    let devices = plug(plan, &chipset, &memory, &hypervisor, &mut subscribers)?;
+    Ok((chipset, devices, subscribers))
 }
 
 fn plug(

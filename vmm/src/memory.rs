@@ -193,9 +193,9 @@ fn map(gpa: u64, len: u64, options: &RamOptions) -> io::Result<GuestRegionMmap> 
     GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
-/// The first 2 MiB of the guest hold boot tables and a small guest's whole image: a huge page there would cost
-/// more than it gives (KVM cannot map it as one either, with the legacy holes in it).
-const HUGE_PAGES_FROM: u64 = 2 << 20;
+/// Below it lie boot tables and small guests, for which huge pages cost more than they give: 2 MiB of memory and of
+/// zeroing for each touched. Linux loads itself at 16 MiB.
+const HUGE_PAGES_FROM: u64 = 16 << 20;
 
 fn advise(region: &GuestRegionMmap, options: &RamOptions) -> Result<(), RamError> {
     let (address, len, gpa) = (host_address(region), region.len(), region.start_addr().0);

@@ -322,6 +322,8 @@ impl Vcpu {
                 Next::Go
             }
             VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => Next::Interrupted,
+            // The pins are edges: none waits for its end.
+            VcpuExit::IoapicEoi(_) => Next::Go,
             VcpuExit::Shutdown => {
                 tracing::warn!(vcpu = self.index, "the guest triple-faulted");
                 Next::End(PodExit::Reset)

@@ -7,6 +7,7 @@ pub mod debug_port;
 pub mod ged;
 pub mod hotplug;
 pub mod i8042;
+pub mod ioapic;
 pub mod output;
 pub mod serial;
 
@@ -16,6 +17,7 @@ pub use debug_port::DebugPort;
 pub use ged::{Ged, GedEvent};
 pub use hotplug::{CpuHotplug, HotplugSink, PciHotplug};
 pub use i8042::I8042;
+pub use ioapic::IoApic;
 pub use output::Output;
 pub use serial::{Serial, SerialSubscriber};
 

@@ -95,7 +95,6 @@ fn bad_configurations_are_400_and_name_the_field() {
     let payload = r#""payload":{"kernel":"/k"}"#;
     let bodies = [
         ("{".to_owned(), ""),
-        ("{}".to_owned(), "payload"),
         (
             format!(r#"{{{payload},"memory":{{"size":1125899906842624}}}}"#),
             "memory.size",
@@ -139,6 +138,17 @@ fn bad_configurations_are_400_and_name_the_field() {
         assert!(answer.contains(names), "{body}: {answer}");
         assert_eq!(api.get("vm.info").0, 404, "a refused request changes nothing");
     }
+}
+
+#[test]
+fn a_pod_without_a_payload_is_created_and_refused_at_boot() {
+    let mut api = Api::new();
+    assert_eq!(api.put("vm.create", "{}").0, 204);
+    let (status, body) = api.put("vm.boot", "");
+    assert!(
+        status >= 400 && body.contains("payload.igvm or payload.kernel"),
+        "{body}"
+    );
 }
 
 #[test]

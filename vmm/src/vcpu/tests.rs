@@ -42,7 +42,7 @@ fn start(code: &[u8]) -> Option<Guest> {
         return None;
     };
     let vm = kvm.create_vm().unwrap();
-    vm.create_irq_chip().unwrap();
+    crate::kvm::split_irqchip(&vm).unwrap();
     let ram = GuestRam::new(1 << 20, &RamOptions::default()).unwrap();
     ram.give_to(&vm, None).unwrap();
     ram.launch_memory()
