@@ -138,23 +138,43 @@ impl Drop for Monitor {
     }
 }
 
-/// Sums `Rss:` over the mappings of a `/proc/PID/smaps` text that are smaller than any guest RAM.
-fn own_rss_kib(smaps: &str) -> u64 {
-    const GUEST_RAM_KIB: u64 = 256 * 1024;
-    let kib =
-        |line: &str, key: &str| -> Option<u64> { line.strip_prefix(key)?.trim().strip_suffix(" kB")?.parse().ok() };
-    let mut size = 0;
-    let mut sum = 0;
+/// One mapping of a `/proc/PID/smaps` text.
+#[derive(Default)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    rss_kib: u64,
+}
+
+fn mappings(smaps: &str) -> Vec<Mapping> {
+    let mut all: Vec<Mapping> = Vec::new();
     for line in smaps.lines() {
-        if let Some(s) = kib(line, "Size:") {
-            size = s;
-        } else if let Some(rss) = kib(line, "Rss:")
-            && size < GUEST_RAM_KIB
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        if let Some((start, end)) = range
+            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
         {
-            sum += rss;
+            all.push(Mapping { start, end, rss_kib: 0 });
+        } else if let Some(rss) = line.strip_prefix("Rss:")
+            && let Some(mapping) = all.last_mut()
+        {
+            mapping.rss_kib = rss.trim().trim_end_matches(" kB").parse().unwrap_or(0);
         }
     }
-    sum
+    all
+}
+
+/// Sums the resident KiB of a `/proc/PID/smaps` text over all mappings but guest RAM: those larger than anything else, and
+/// what lies directly below one (the first mebibytes of RAM, which are advised differently).
+fn own_rss_kib(smaps: &str) -> u64 {
+    const GUEST_RAM: u64 = 256 << 20;
+    let all = mappings(smaps);
+    let large: Vec<u64> = all
+        .iter()
+        .filter(|m| m.end - m.start >= GUEST_RAM)
+        .map(|m| m.start)
+        .collect();
+    let own = |m: &&Mapping| m.end - m.start < GUEST_RAM && !large.contains(&m.end);
+    all.iter().filter(own).map(|m| m.rss_kib).sum()
 }
 
 #[cfg(test)]
@@ -163,8 +183,9 @@ mod tests {
 
     #[test]
     fn guest_ram_is_not_the_monitors_memory() {
-        let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize:  2621440 kB\nKernelPageSize: 4 kB\nRss:   9000 kB\n\
-                     5500-5501 r-xp 0 00:00 0\nSize:  3000 kB\nRss:  1200 kB\nPss: 1200 kB\n";
+        let smaps = "7f0000000000-7f0001000000 rw-p 00000000 00:00 0\nSize: 16384 kB\nRss: 500 kB\n\
+                     7f0001000000-7f00a0000000 rw-p 00000000 00:00 0\nSize: 2605056 kB\nRss:   9000 kB\n\
+                     7f00b0000000-7f00b0300000 r-xp 00000000 00:00 0 /x\nSize:  3000 kB\nRss:  1200 kB\nPss: 7 kB\n";
         assert_eq!(own_rss_kib(smaps), 1200);
     }
 }
