@@ -16,7 +16,7 @@ use podvisor_devices::legacy::{
     i8042::I8042_SIZE,
     serial::SERIAL_SIZE,
 };
-use podvisor_devices::pci::{PciRoot, Window};
+use podvisor_devices::pci::{Bdf, PciRoot, Window};
 use podvisor_devices::platform::IrqLine;
 use podvisor_firmware::acpi::AcpiMachine;
 use podvisor_firmware::layout;
@@ -80,10 +80,10 @@ impl GuestIo for Buses {
     }
 }
 
-/// Passes the guest's wish to end on to the control loop.
-struct Ends(Arc<ExitSignal>);
+/// Passes what the guest asks for on to the control loop.
+struct Asks(Arc<ExitSignal>);
 
-impl ExitSink for Ends {
+impl ExitSink for Asks {
     fn exit(&self, reason: ExitReason) {
         self.0.give(match reason {
             ExitReason::PowerOff => PodExit::Shutdown,
@@ -92,12 +92,9 @@ impl ExitSink for Ends {
     }
 }
 
-/// Nothing can be unplugged: ejections that the guest makes up change nothing.
-struct NoHotplug;
-
-impl HotplugSink for NoHotplug {
+impl HotplugSink for Asks {
     fn eject_slot(&self, segment: u16, slot: u8) {
-        tracing::debug!(segment, slot, "the guest ejects a device that was not unplugged");
+        self.0.eject(segment, slot);
     }
 
     fn eject_vcpu(&self, index: u32) {
@@ -112,6 +109,7 @@ pub struct Chipset {
     /// PCI segments, in order.
     pub segments: Vec<Arc<PciRoot>>,
     ged: Arc<Mutex<Ged>>,
+    pci_hotplug: Arc<Mutex<PciHotplug>>,
     serial: Option<Arc<Mutex<Serial>>>,
 }
 
@@ -133,7 +131,7 @@ impl Chipset {
     ) -> Result<Self, ChipsetError> {
         let buses = Arc::new(Buses::default());
         let (pio, mmio) = (&buses.pio, &buses.mmio);
-        let ends: Arc<dyn ExitSink> = Arc::new(Ends(Arc::clone(exit)));
+        let ends: Arc<dyn ExitSink> = Arc::new(Asks(Arc::clone(exit)));
         let below = memory.min(layout::MEM_32BIT_RESERVED_START);
         let ports: [(u16, u64, SharedBusDevice); 5] = [
             (
@@ -166,14 +164,15 @@ impl Chipset {
         let area = machine.device_area();
         let ged = Arc::new(Mutex::new(Ged::new(line(layout::GED_IRQ))));
         mmio.insert(area.ged, layout::GED_SIZE, Arc::clone(&ged) as SharedBusDevice)?;
-        let hotplug: Arc<dyn HotplugSink> = Arc::new(NoHotplug);
+        let hotplug: Arc<dyn HotplugSink> = Arc::new(Asks(Arc::clone(exit)));
         let count = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         let cpus = CpuHotplug::new(count(machine.vcpus), count(machine.max_vcpus), Arc::clone(&hotplug));
         mmio.insert(area.cpu_hotplug, CPU_HOTPLUG_SIZE, shared(cpus))?;
+        let pci_hotplug = Arc::new(Mutex::new(PciHotplug::new(machine.segments, hotplug)));
         mmio.insert(
             area.pci_hotplug,
             PCI_HOTPLUG_SIZE,
-            shared(PciHotplug::new(machine.segments, hotplug)),
+            Arc::clone(&pci_hotplug) as SharedBusDevice,
         )?;
         let serial = serial_port(serial, line(layout::SERIAL_IRQ))?;
         if let Some(serial) = &serial {
@@ -187,6 +186,7 @@ impl Chipset {
             buses,
             segments,
             ged,
+            pci_hotplug,
             serial,
         })
     }
@@ -205,10 +205,35 @@ impl Chipset {
     /// # Errors
     /// When the interrupt cannot be raised.
     pub fn power_button(&self) -> std::io::Result<()> {
-        self.ged
+        self.notify(GedEvent::PowerButton)
+    }
+
+    /// Tells the guest that a device came.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn plugged(&self, bdf: Bdf) -> std::io::Result<()> {
+        self.pci_hotplug
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .notify(GedEvent::PowerButton)
+            .plugged(bdf.segment, bdf.slot);
+        self.notify(GedEvent::Pci)
+    }
+
+    /// Asks the guest to let go of a device; it answers by an ejection.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn unplug(&self, bdf: Bdf) -> std::io::Result<()> {
+        self.pci_hotplug
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .unplug(bdf.segment, bdf.slot);
+        self.notify(GedEvent::Pci)
+    }
+
+    fn notify(&self, event: GedEvent) -> std::io::Result<()> {
+        self.ged.lock().unwrap_or_else(PoisonError::into_inner).notify(event)
     }
 }
 

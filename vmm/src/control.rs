@@ -10,11 +10,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events as Ready, MutEventSubscriber, SubscriberOps};
+use podvisor_api::events::What;
 use podvisor_api::types::VmConfig;
 
 use crate::api_socket::ApiSocket;
 use crate::pod::{Events, PodError, PodSlot};
 use crate::sys::SignalFd;
+use crate::telling::Telling;
 use crate::vcpu::{ExitSignal, PodExit};
 
 /// Why the monitor ended other than well.
@@ -79,6 +81,7 @@ pub struct Monitor {
     signals: SignalFd,
     signals_raised: Rc<Cell<bool>>,
     api: Option<(ApiSocket, Rc<Cell<bool>>)>,
+    telling: Telling,
     /// The monitor is to end, well.
     shutdown: bool,
 }
@@ -104,8 +107,15 @@ impl Monitor {
             signals,
             signals_raised,
             api: None,
+            telling: Telling::default(),
             shutdown: false,
         })
+    }
+
+    /// Has `telling` told of what happens.
+    pub fn tell(&mut self, telling: Telling) {
+        self.telling = telling.clone();
+        self.pod.tell(telling);
     }
 
     /// Serves the API on `socket`.
@@ -131,6 +141,7 @@ impl Monitor {
     pub fn run(mut self) -> Result<(), ControlError> {
         let outcome = self.run_loop();
         self.pod.delete(&mut self.events);
+        self.telling.vmm(What::Shutdown);
         outcome
     }
 
@@ -147,10 +158,12 @@ impl Monitor {
                     self.shutdown = true;
                 }
             }
-            if self.exit_raised.take()
-                && let Some(reason) = self.exit.take()
-            {
-                self.on_exit(reason)?;
+            if self.exit_raised.take() {
+                let reason = self.exit.take();
+                self.pod.ejected(&mut self.events);
+                if let Some(reason) = reason {
+                    self.on_exit(reason)?;
+                }
             }
             if let Some((socket, raised)) = &mut self.api
                 && raised.take()

@@ -1,9 +1,10 @@
 //! The API: one function an endpoint, and the table that finds it. Nothing here knows sockets or HTTP framing.
 
-use podvisor_api::types::{VmConfig, VmmPingResponse};
+use podvisor_api::types::{VmConfig, VmRemoveDevice, VmmPingResponse};
 use podvisor_api::{JsonError, from_json};
 
 use crate::pod::{Events, PodError, PodSlot};
+use crate::registry::Addition;
 
 /// A request, as the handlers need it.
 #[derive(Clone, Copy, Debug)]
@@ -123,24 +124,39 @@ const ENDPOINTS: &[Endpoint] = &[
         "The power button could not be pressed",
         power_button,
     ),
+    put(
+        "vm.add-disk",
+        Body::Needed,
+        "The disk could not be added to the VM",
+        add_disk,
+    ),
+    put("vm.add-fs", Body::Needed, "The fs could not be added to the VM", add_fs),
+    put(
+        "vm.add-vsock",
+        Body::Needed,
+        "The vsock device could not be added to the VM",
+        add_vsock,
+    ),
+    put(
+        "vm.remove-device",
+        Body::Needed,
+        "The device could not be removed from the VM",
+        remove_device,
+    ),
+    put("vm.resize", Body::Needed, "The VM could not be resized", resize),
 ];
 
 /// Endpoints of Cloud Hypervisor's API (openapi 0.3.0) that this version does not have.
 const LATER: &[&str] = &[
     "vm.add-device",
-    "vm.add-disk",
-    "vm.add-fs",
     "vm.add-generic-vhost-user",
     "vm.add-net",
     "vm.add-pmem",
     "vm.add-user-device",
     "vm.add-vdpa",
-    "vm.add-vsock",
     "vm.coredump",
     "vm.nmi",
     "vm.receive-migration",
-    "vm.remove-device",
-    "vm.resize",
     "vm.resize-disk",
     "vm.resize-zone",
     "vm.restore",
@@ -243,9 +259,43 @@ fn counters(state: &mut State<'_>, _: &[u8]) -> Outcome {
     json(&state.pod.counters()?)
 }
 
+/// The body as type `T`.
+fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    from_json(body).map_err(|e: JsonError| Refusal::new(400, e.to_string()))
+}
+
 fn create(state: &mut State<'_>, body: &[u8]) -> Outcome {
-    let config: VmConfig = from_json(body).map_err(|e: JsonError| Refusal::new(400, e.to_string()))?;
-    state.pod.create(config)?;
+    state.pod.create(parse::<VmConfig>(body)?)?;
+    done()
+}
+
+/// 200 with where the device is when the pod runs, 204 when it is only configured.
+fn add(state: &mut State<'_>, addition: &Addition) -> Outcome {
+    match state.pod.add(addition, state.events)? {
+        Some(info) => json(&info),
+        None => done(),
+    }
+}
+
+fn add_disk(state: &mut State<'_>, body: &[u8]) -> Outcome {
+    add(state, &Addition::Disk(parse(body)?))
+}
+
+fn add_fs(state: &mut State<'_>, body: &[u8]) -> Outcome {
+    add(state, &Addition::Fs(parse(body)?))
+}
+
+fn add_vsock(state: &mut State<'_>, body: &[u8]) -> Outcome {
+    add(state, &Addition::Vsock(parse(body)?))
+}
+
+fn remove_device(state: &mut State<'_>, body: &[u8]) -> Outcome {
+    state.pod.remove(&parse::<VmRemoveDevice>(body)?.id)?;
+    done()
+}
+
+fn resize(state: &mut State<'_>, body: &[u8]) -> Outcome {
+    state.pod.resize(&parse(body)?)?;
     done()
 }
 

@@ -10,9 +10,12 @@ use kvm_bindings::{
     kvm_irq_routing_msi, kvm_msi,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use podvisor_devices::platform::{Hypervisor, MsiMessage, MsiVectors};
+use podvisor_api::events::{Source, What};
+use podvisor_devices::platform::{DeviceStep, Hypervisor, MsiMessage, MsiVectors};
 use podvisor_firmware::layout::FIRST_MSI_GSI;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::telling::Telling;
 
 /// KVM takes at most this many routes (`KVM_MAX_IRQ_ROUTES`).
 const MAX_ROUTES: u32 = 4096;
@@ -25,6 +28,7 @@ fn os_error(error: kvm_ioctls::Error) -> io::Error {
 pub struct KvmHypervisor {
     vm: Arc<VmFd>,
     routes: Arc<Routes>,
+    telling: Telling,
 }
 
 /// The GSI routing table beyond the interrupt pins.
@@ -53,7 +57,20 @@ impl KvmHypervisor {
             vm: Arc::clone(&vm),
             table: Mutex::default(),
         });
-        Self { vm, routes }
+        Self {
+            vm,
+            routes,
+            telling: Telling::default(),
+        }
+    }
+
+    /// The same, with `telling` told what the devices do.
+    #[must_use]
+    pub fn told_to(self, telling: &Telling) -> Self {
+        Self {
+            telling: telling.clone(),
+            ..self
+        }
     }
 
     /// Sends `message` without a route: what is rare (interrupt pins) needs no more.
@@ -99,6 +116,14 @@ fn halves(address: u64) -> (u32, u32) {
 }
 
 impl Hypervisor for KvmHypervisor {
+    fn stepped(&self, id: &str, step: DeviceStep) {
+        let event = match step {
+            DeviceStep::Activated => What::Activated,
+            DeviceStep::Reset => What::Reset,
+        };
+        self.telling.tell(Source::VirtioDevice, event, &[("id", id)]);
+    }
+
     fn add_doorbell(&self, address: u64, fd: &EventFd) -> io::Result<()> {
         self.vm
             .register_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)

@@ -21,4 +21,5 @@ pub mod pod_image;
 pub mod registry;
 pub mod sizing;
 pub mod sys;
+pub mod telling;
 pub mod vcpu;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use podvisor_api::events::{Source, What};
 use podvisor_api::types::Isolation;
 use podvisor_devices::memory::{PodMemory, SharedPages};
 use podvisor_devices::pci::Bdf;
@@ -30,7 +31,8 @@ use crate::isolation::Confidential;
 use crate::kvm::{self, KvmHypervisor};
 use crate::launch_plain;
 use crate::memory::{GuestRam, ProcessorGate};
-use crate::registry;
+use crate::registry::{self, Wanted};
+use crate::telling::Telling;
 use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
 
 /// Why a pod cannot boot: what was being done, and the cause below it.
@@ -75,6 +77,8 @@ pub struct DeviceInfo {
     pub kind: &'static str,
     /// Where it is.
     pub bdf: Bdf,
+    /// The guest was asked to let go of it.
+    pub removing: bool,
     function: Arc<Mutex<VirtioPci>>,
 }
 
@@ -103,21 +107,33 @@ pub struct BootTimings {
 pub struct Machine {
     vcpus: Vcpus,
     devices: Vec<DeviceInfo>,
+    plug: Plug,
     chipset: Chipset,
     confidential: Option<Confidential>,
     timings: BootTimings,
     ram: GuestRam,
 }
 
-/// What the event loop runs for a machine.
-pub type Subscribers = Vec<Box<dyn MutEventSubscriber>>;
+/// What the event loop runs for a machine: for whom (a device's name, empty for the chipset), and what.
+pub type Subscribers = Vec<(String, Box<dyn MutEventSubscriber>)>;
+
+/// What a device needs of the machine it is plugged into.
+struct Plug {
+    memory: Arc<PodMemory>,
+    hypervisor: Arc<KvmHypervisor>,
+    confidential: bool,
+}
 
 impl Machine {
     /// Builds and starts the pod of `plan`. When it returns, the vCPU threads run.
     ///
     /// # Errors
     /// [`BootError`]; everything that was made is gone then.
-    pub fn boot(plan: &PodPlan, exit: &Arc<ExitSignal>) -> Result<(Self, Subscribers), BootError> {
+    pub fn boot(
+        plan: &PodPlan,
+        exit: &Arc<ExitSignal>,
+        telling: &Telling,
+    ) -> Result<(Self, Subscribers), BootError> {
         let start = Instant::now();
         let boot = plan.boot.as_ref().ok_or_else(|| {
             BootError::new("the pod has nothing to boot: give payload.igvm or payload.kernel in vm.create")
@@ -143,8 +159,8 @@ impl Machine {
         let ram = GuestRam::new(plan.memory, &plan.ram).during("guest memory")?;
         let confidential = Confidential::new(plan, &ram)?;
         let vm = create_vm(&kvm, &ram, confidential.as_ref(), &launch_plan)?;
-        let fds = create_vcpus(&vm, plan.vcpus, &cpuid)?;
-        let (chipset, devices, subscribers) = add_devices(plan, &vm, &acpi, &ram, confidential.as_ref(), exit)?;
+        let fds = create_vcpus(&vm, plan.vcpus, &cpuid, telling)?;
+        let (chipset, plug, devices, subscribers) = add_devices(plan, &vm, &acpi, &ram, confidential.as_ref(), exit, telling)?;
         let built = start.elapsed();
 
         let confidential = match confidential {
@@ -171,12 +187,56 @@ impl Machine {
         let machine = Self {
             vcpus,
             devices,
+            plug,
             chipset,
             confidential,
             timings,
             ram,
         };
         Ok((machine, subscribers))
+    }
+
+    /// Plugs a device into the running pod and tells the guest. Where it is, and what the event loop is to run for it.
+    ///
+    /// # Errors
+    /// When it does not fit; the machine is as before then.
+    pub fn add(&mut self, wanted: Wanted) -> Result<(Bdf, Box<dyn MutEventSubscriber>), BootError> {
+        let (device, subscriber) = self.plug.put(&self.chipset, wanted)?;
+        let bdf = device.bdf;
+        if let Err(error) = self.chipset.plugged(bdf) {
+            self.take_off(bdf);
+            return Err(error).during("telling the guest of the device");
+        }
+        self.devices.push(device);
+        Ok((bdf, subscriber))
+    }
+
+    /// Asks the guest to let go of device `id`; false if there is none. It goes when the guest ejects it.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn unplug(&mut self, id: &str) -> io::Result<bool> {
+        let Some(device) = self.devices.iter_mut().find(|d| d.id == id) else {
+            return Ok(false);
+        };
+        self.chipset.unplug(device.bdf)?;
+        device.removing = true;
+        Ok(true)
+    }
+
+    /// Takes out the device in a slot that the guest ejected; its name and where it was. An ejection that nobody asked for is ignored.
+    pub fn ejected(&mut self, segment: u16, slot: u8) -> Option<(String, Bdf)> {
+        let asked = |d: &DeviceInfo| d.removing && (d.bdf.segment, d.bdf.slot) == (segment, slot);
+        let index = self.devices.iter().position(asked)?;
+        let device = self.devices.remove(index);
+        self.take_off(device.bdf);
+        Some((device.id, device.bdf))
+    }
+
+    fn take_off(&self, bdf: Bdf) {
+        if let Some(root) = self.chipset.segments.get(usize::from(bdf.segment)) {
+            drop(root.remove(bdf.slot));
+        }
     }
 
     /// Stops the guest where it is.
@@ -279,6 +339,8 @@ fn acpi_machine(plan: &PodPlan, phys_bits: u8) -> AcpiMachine {
         // Nothing can be plugged yet: what the guest is told is what there is.
         max_vcpus: plan.vcpus,
         segments: plan.segments,
+        // No memory can be plugged: the guest is not told of a controller.
+        memory_slots: 0,
         phys_bits,
         serial: plan.config.serial.mode != podvisor_api::types::ConsoleMode::Off,
     }
@@ -361,7 +423,7 @@ fn create_vm(
     Ok(Arc::new(vm))
 }
 
-fn create_vcpus(vm: &VmFd, count: u32, cpuid: &CpuidTemplate) -> Result<Vec<VcpuFd>, BootError> {
+fn create_vcpus(vm: &VmFd, count: u32, cpuid: &CpuidTemplate, telling: &Telling) -> Result<Vec<VcpuFd>, BootError> {
     (0..count)
         .map(|index| {
             let vcpu = vm
@@ -370,6 +432,7 @@ fn create_vcpus(vm: &VmFd, count: u32, cpuid: &CpuidTemplate) -> Result<Vec<Vcpu
             let leaves = cpuid.for_vcpu(index).during("CPUID")?;
             vcpu.set_cpuid2(&leaves)
                 .during(format!("KVM_SET_CPUID2 of vCPU {index}"))?;
+            telling.tell(Source::CpuManager, What::CreateVcpu, &[("id", &index.to_string())]);
             Ok(vcpu)
         })
         .collect()
@@ -383,48 +446,54 @@ fn add_devices(
     ram: &GuestRam,
     confidential: Option<&Confidential>,
     exit: &Arc<ExitSignal>,
-) -> Result<(Chipset, Vec<DeviceInfo>, Subscribers), BootError> {
-    let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(vm)));
+    telling: &Telling,
+) -> Result<(Chipset, Plug, Vec<DeviceInfo>, Subscribers), BootError> {
+    let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(vm)).told_to(telling));
     let chipset = Chipset::new(acpi, plan.memory, &plan.config.serial, &hypervisor, exit).during("devices")?;
     let gate = confidential.map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
-    let memory = ram.pod_memory(gate).during("guest memory")?;
-    let mut subscribers = chipset.subscribers();
-    let devices = plug(plan, &chipset, &memory, &hypervisor, &mut subscribers)?;
-    Ok((chipset, devices, subscribers))
+    let plug = Plug {
+        memory: ram.pod_memory(gate).during("guest memory")?,
+        hypervisor,
+        confidential: plan.isolation != Isolation::None,
+    };
+    let mut subscribers: Subscribers = Vec::new();
+    subscribers.extend(chipset.subscribers().into_iter().map(|s| (String::new(), s)));
+    let mut devices = Vec::new();
+    for wanted in registry::devices(&plan.config).during("devices")? {
+        let (device, subscriber) = plug.put(&chipset, wanted)?;
+        subscribers.push((device.id.clone(), subscriber));
+        devices.push(device);
+    }
+    Ok((chipset, plug, devices, subscribers))
 }
 
-fn plug(
-    plan: &PodPlan,
-    chipset: &Chipset,
-    memory: &Arc<PodMemory>,
-    hypervisor: &Arc<KvmHypervisor>,
-    subscribers: &mut Subscribers,
-) -> Result<Vec<DeviceInfo>, BootError> {
-    let mut infos = Vec::new();
-    for wanted in registry::devices(&plan.config).during("devices")? {
+impl Plug {
+    /// Puts a device into its segment.
+    fn put(&self, chipset: &Chipset, wanted: Wanted) -> Result<(DeviceInfo, Box<dyn MutEventSubscriber>), BootError> {
         let what = format!("device {}", wanted.id);
         let root = chipset.segments.get(usize::from(wanted.segment)).ok_or_else(|| {
             BootError::new(format!(
                 "{what}: pci_segment {} does not exist: raise platform.num_pci_segments ({})",
-                wanted.segment, plan.segments
+                wanted.segment,
+                chipset.segments.len()
             ))
         })?;
         let function = VirtioPci::new(
             wanted.device,
             wanted.id.clone(),
-            Arc::clone(memory),
-            Arc::clone(hypervisor) as Arc<dyn Hypervisor>,
-            plan.isolation != Isolation::None,
+            Arc::clone(&self.memory),
+            Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>,
+            self.confidential,
         )
         .during(what.clone())?;
         let (bdf, subscriber) = add_to(root, function, wanted.slot).during(what)?;
-        infos.push(DeviceInfo {
+        let info = DeviceInfo {
             id: wanted.id,
             kind: wanted.kind,
             bdf,
+            removing: false,
             function: Arc::clone(&subscriber.0),
-        });
-        subscribers.push(Box::new(subscriber));
+        };
+        Ok((info, Box::new(subscriber)))
     }
-    Ok(infos)
 }

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
-use podvisor_api::types::{Isolation, VmConfig, VmInfo, VmState};
+use podvisor_api::events::{Source, What};
+use podvisor_api::types::{Isolation, PciDeviceInfo, VmConfig, VmInfo, VmResize, VmState};
 use serde_json::{Map, Value, json};
 
 use crate::config::{PlanError, PodPlan};
 use crate::hex;
 use crate::machine::{BootError, BootTimings, Machine};
+use crate::registry::{self, Addition, RegistryError};
+use crate::telling::Telling;
 use crate::vcpu::ExitSignal;
 
 /// The event loop's type.
@@ -41,6 +44,18 @@ pub enum PodError {
     /// Its boot failed; it stays created.
     #[error("the boot failed")]
     Boot(#[from] BootError),
+    /// There is no such device.
+    #[error("no device is named {0:?}: vm.info has the names")]
+    NoDevice(String),
+    /// The pod cannot have the device beside those it has.
+    #[error("{0}")]
+    Conflict(&'static str),
+    /// The device cannot be made.
+    #[error("the device is refused")]
+    Refused(#[from] RegistryError),
+    /// What was asked for does not exist here.
+    #[error("{0}")]
+    Unsupported(String),
     /// A device failed.
     #[error("{0}")]
     Device(&'static str, #[source] std::io::Error),
@@ -48,7 +63,8 @@ pub enum PodError {
 
 struct Running {
     machine: Machine,
-    subscribers: Vec<SubscriberId>,
+    /// By the name of the device they serve, empty for the chipset's.
+    subscribers: Vec<(String, SubscriberId)>,
 }
 
 struct Pod {
@@ -65,6 +81,7 @@ pub struct PodSlot {
     expect_digest: Option<[u8; 48]>,
     created_at: Option<Duration>,
     booted_at: Option<Duration>,
+    telling: Telling,
 }
 
 impl PodSlot {
@@ -78,7 +95,13 @@ impl PodSlot {
             expect_digest,
             created_at: None,
             booted_at: None,
+            telling: Telling::default(),
         }
+    }
+
+    /// Has `telling` told of what happens.
+    pub fn tell(&mut self, telling: Telling) {
+        self.telling = telling;
     }
 
     /// Takes `config` for the pod.
@@ -114,13 +137,18 @@ impl PodSlot {
         if pod.running.is_some() {
             return Err(PodError::AlreadyRunning);
         }
-        let (machine, subscribers) = Machine::boot(&pod.plan, &self.exit)?;
-        let subscribers = subscribers.into_iter().map(|s| events.add_subscriber(s)).collect();
+        self.telling.vm(What::Booting);
+        let (machine, subscribers) = Machine::boot(&pod.plan, &self.exit, &self.telling)?;
+        let subscribers = subscribers
+            .into_iter()
+            .map(|(id, s)| (id, events.add_subscriber(s)))
+            .collect();
         let timings = machine.timings();
         tracing::info!(milliseconds = millis(timings.total), "pod booted");
         pod.timings = Some(timings);
         pod.running = Some(Running { machine, subscribers });
         self.booted_at = Some(self.start.elapsed());
+        self.telling.vm(What::Booted);
         Ok(())
     }
 
@@ -132,14 +160,20 @@ impl PodSlot {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
         let running = pod.running.take().ok_or(PodError::NotRunning)?;
         stop(running, events, &self.exit);
+        self.telling.vm(What::Shutdown);
         Ok(())
     }
 
     /// Stops it if it runs, and forgets it.
     pub fn delete(&mut self, events: &mut Events) {
-        if let Some(running) = self.pod.take().and_then(|pod| pod.running) {
+        let Some(pod) = self.pod.take() else {
+            return;
+        };
+        if let Some(running) = pod.running {
             stop(running, events, &self.exit);
+            self.telling.vm(What::Shutdown);
         }
+        self.telling.vm(What::Deleted);
     }
 
     /// Stops it and boots it again.
@@ -147,8 +181,13 @@ impl PodSlot {
     /// # Errors
     /// As [`PodSlot::stop`] and [`PodSlot::boot`].
     pub fn reboot(&mut self, events: &mut Events) -> Result<(), PodError> {
+        if self.pod.as_ref().is_some_and(|pod| pod.running.is_some()) {
+            self.telling.vm(What::Rebooting);
+        }
         self.stop(events)?;
-        self.boot(events)
+        self.boot(events)?;
+        self.telling.vm(What::Rebooted);
+        Ok(())
     }
 
     /// Stops its vCPUs where they are.
@@ -156,11 +195,14 @@ impl PodSlot {
     /// # Errors
     /// When it does not run, or is paused.
     pub fn pause(&mut self) -> Result<(), PodError> {
+        let telling = self.telling.clone();
         let machine = self.machine_mut()?;
         if machine.paused() {
             return Err(PodError::Already("paused"));
         }
+        telling.vm(What::Pausing);
         machine.pause();
+        telling.vm(What::Paused);
         Ok(())
     }
 
@@ -169,11 +211,14 @@ impl PodSlot {
     /// # Errors
     /// When it does not run, or is not paused.
     pub fn resume(&mut self) -> Result<(), PodError> {
+        let telling = self.telling.clone();
         let machine = self.machine_mut()?;
         if !machine.paused() {
             return Err(PodError::Already("running"));
         }
+        telling.vm(What::Resuming);
         machine.resume();
+        telling.vm(What::Resumed);
         Ok(())
     }
 
@@ -185,6 +230,103 @@ impl PodSlot {
         self.machine_mut()?
             .power_button()
             .map_err(|e| PodError::Device("raising the power button's interrupt", e))
+    }
+
+    /// Adds a device: to the configuration, and to the machine if it runs, which tells where it is.
+    ///
+    /// # Errors
+    /// When the device cannot be; nothing has changed then.
+    pub fn add(&mut self, addition: &Addition, events: &mut Events) -> Result<Option<PciDeviceInfo>, PodError> {
+        let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        let mut config = pod.plan.config.clone();
+        addition.put(&mut config).map_err(PodError::Conflict)?;
+        let plan = PodPlan::new(config, self.expect_digest)?;
+        let info = match &mut pod.running {
+            None => None,
+            Some(running) => {
+                let wanted = addition.make(&plan.config)?;
+                let id = wanted.id.clone();
+                let (bdf, subscriber) = running.machine.add(wanted)?;
+                running
+                    .subscribers
+                    .push((id.clone(), events.add_subscriber(subscriber)));
+                tracing::info!(id, %bdf, "device added");
+                Some(PciDeviceInfo {
+                    id,
+                    bdf: bdf.to_string(),
+                })
+            }
+        };
+        pod.plan = plan;
+        Ok(info)
+    }
+
+    /// Takes a device out of the configuration, and asks a running guest to let go of it.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn remove(&mut self, id: &str) -> Result<(), PodError> {
+        let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        let mut config = pod.plan.config.clone();
+        let configured = registry::take_out(&mut config, id);
+        let plugged = match &mut pod.running {
+            Some(running) => running
+                .machine
+                .unplug(id)
+                .map_err(|e| PodError::Device("raising the hotplug interrupt", e))?,
+            None => false,
+        };
+        if !configured && !plugged {
+            return Err(PodError::NoDevice(id.to_owned()));
+        }
+        if configured {
+            pod.plan = PodPlan::new(config, self.expect_digest)?;
+        }
+        Ok(())
+    }
+
+    /// Takes out the devices that the guest has let go of.
+    pub fn ejected(&mut self, events: &mut Events) {
+        for (segment, slot) in self.exit.take_ejected() {
+            let Some(running) = self.pod.as_mut().and_then(|pod| pod.running.as_mut()) else {
+                continue;
+            };
+            let Some((name, bdf)) = running.machine.ejected(segment, slot) else {
+                tracing::debug!(segment, slot, "the guest ejects a device that it was not asked to");
+                continue;
+            };
+            if let Some(index) = running.subscribers.iter().position(|(id, _)| *id == name) {
+                let (_, subscriber) = running.subscribers.remove(index);
+                if let Err(error) = events.remove_subscriber(subscriber) {
+                    tracing::warn!(?error, "a device was not on the event loop");
+                }
+            }
+            tracing::info!(id = name, "device removed");
+            let bdf = bdf.to_string();
+            self.telling.tell(Source::Vm, What::DeviceRemoved, &[("id", &name), ("bdf", &bdf)]);
+        }
+    }
+
+    /// Changes vCPUs and memory, as far as that is nothing: this version plugs neither.
+    ///
+    /// # Errors
+    /// When there is no pod, or the sizes are not those it has.
+    pub fn resize(&mut self, wanted: &VmResize) -> Result<(), PodError> {
+        let plan = &self.pod.as_ref().ok_or(PodError::NotCreated)?.plan;
+        let same = |wanted: Option<u64>, have: u64| wanted.is_none_or(|wanted| wanted == have);
+        if same(wanted.desired_vcpus.map(u64::from), plan.vcpus.into())
+            && same(wanted.desired_ram, plan.memory)
+            && wanted.desired_balloon.is_none()
+        {
+            return Ok(());
+        }
+        Err(PodError::Unsupported(format!(
+            "vm.resize: the pod has {} vCPUs and {} bytes of memory, and podvisor {} cannot change them while it runs: size it \
+             in vm.create",
+            plan.vcpus,
+            plan.memory,
+            env!("CARGO_PKG_VERSION")
+        )))
     }
 
     /// The counters of its devices.
@@ -248,7 +390,11 @@ impl PodSlot {
                 .devices()
                 .iter()
                 .map(|d| {
-                    let state = if d.active() { "active" } else { "configuring" };
+                    let state = match (d.removing, d.active()) {
+                        (true, _) => "removing",
+                        (_, true) => "active",
+                        _ => "configuring",
+                    };
                     json!({"id": d.id, "kind": d.kind, "bdf": d.bdf.to_string(), "state": state})
                 })
                 .collect();
@@ -288,13 +434,14 @@ fn stop(running: Running, events: &mut Events, exit: &ExitSignal) {
         subscribers,
     } = running;
     machine.pause();
-    for id in subscribers {
+    for (_, id) in subscribers {
         if let Err(error) = events.remove_subscriber(id) {
             tracing::warn!(?error, "a device was not on the event loop");
         }
     }
     drop(machine);
     // What the guest asked for while it was being stopped is answered by that.
+    drop(exit.take_ejected());
     if let Some(reason) = exit.take() {
         tracing::debug!(?reason, "the guest ended while it was being stopped");
     }
@@ -318,10 +465,13 @@ impl PodError {
     #[must_use]
     pub fn status(&self) -> u16 {
         match self {
-            Self::NotCreated => 404,
+            Self::NotCreated | Self::NoDevice(_) => 404,
+            Self::Unsupported(_) => 501,
             Self::Config(PlanError::Config(error)) if error.conflict => 409,
-            Self::Config(_) => 400,
-            Self::AlreadyCreated | Self::AlreadyRunning | Self::NotRunning | Self::Already(_) => 409,
+            Self::Config(_) | Self::Refused(_) => 400,
+            Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::NotRunning | Self::Already(_) => {
+                409
+            }
             Self::Boot(_) | Self::Device(..) => 500,
         }
     }

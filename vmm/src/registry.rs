@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use podvisor_api::types::{ConsoleMode, VmConfig};
+use podvisor_api::types::{ConsoleMode, DiskConfig, FsConfig, VmConfig, VsockConfig};
 use podvisor_devices::virtio::blk::{Blk, BlkOptions};
 use podvisor_devices::virtio::console::{Console, ConsoleOutput};
 use podvisor_devices::virtio::device::VirtioDevice;
@@ -62,6 +62,59 @@ pub fn devices(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
     Ok(all)
 }
 
+/// A device that is added to a pod: before its boot to the configuration, afterwards to the machine too.
+#[derive(Clone, Debug)]
+pub enum Addition {
+    /// `vm.add-disk`.
+    Disk(Box<DiskConfig>),
+    /// `vm.add-fs`.
+    Fs(Box<FsConfig>),
+    /// `vm.add-vsock`.
+    Vsock(Box<VsockConfig>),
+}
+
+impl Addition {
+    /// Puts the section into `config`.
+    ///
+    /// # Errors
+    /// When the pod can have only one such device and has it.
+    pub fn put(&self, config: &mut VmConfig) -> Result<(), &'static str> {
+        match self {
+            Self::Disk(disk) => config.disks.get_or_insert_default().push(DiskConfig::clone(disk)),
+            Self::Fs(fs) => config.fs.get_or_insert_default().push(FsConfig::clone(fs)),
+            Self::Vsock(_) if config.vsock.is_some() => return Err("the pod has a vsock already; it can have one"),
+            Self::Vsock(vsock) => config.vsock = Some(VsockConfig::clone(vsock)),
+        }
+        Ok(())
+    }
+
+    /// Makes the device as `config`, which it was put into last, has it: with its name.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+        let gone = || failed("the new device", "it is not in the configuration");
+        match self {
+            Self::Disk(_) => make_disk("disk", config.disks().last().ok_or_else(gone)?),
+            Self::Fs(_) => make_fs("fs", config.fs().last().ok_or_else(gone)?),
+            Self::Vsock(_) => make_vsock(config.vsock.as_ref().ok_or_else(gone)?),
+        }
+    }
+}
+
+/// Takes the device named `id` out of `config`; whether it was there.
+pub fn take_out(config: &mut VmConfig, id: &str) -> bool {
+    let named = |name: &Option<String>| name.as_deref() == Some(id);
+    let before = config.disks().len() + config.fs().len() + usize::from(config.vsock.is_some());
+    config
+        .disks
+        .iter_mut()
+        .for_each(|disks| disks.retain(|d| !named(&d.id)));
+    config.fs.iter_mut().for_each(|fs| fs.retain(|f| !named(&f.id)));
+    config.vsock.take_if(|vsock| named(&vsock.id));
+    before != config.disks().len() + config.fs().len() + usize::from(config.vsock.is_some())
+}
+
 /// Names the devices that have no name, as Cloud Hypervisor does (`_disk0`, `_fs1`, …).
 pub fn assign_ids(config: &mut VmConfig) {
     let mut taken: Vec<String> = Vec::new();
@@ -88,33 +141,35 @@ pub fn assign_ids(config: &mut VmConfig) {
 }
 
 fn disks(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
-    let make = |(index, disk): (usize, &podvisor_api::types::DiskConfig)| {
-        let field = |name: &str| format!("disks[{index}].{name}");
-        let path = disk
-            .path
-            .clone()
-            .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
-        let num_queues = u16::try_from(disk.num_queues).map_err(|e| failed(field("num_queues"), e))?;
-        let options = BlkOptions {
-            readonly: disk.readonly,
-            direct: disk.direct,
-            serial: disk.serial.clone(),
-            num_queues,
-            queue_size: disk.queue_size,
-            disable_io_uring: disk.disable_io_uring,
-            sparse: disk.sparse,
-            ..BlkOptions::new(path.clone())
-        };
-        let device = Blk::open(options).map_err(|e| failed(format!("{} {}", field("path"), path.display()), e))?;
-        Ok(Wanted {
-            id: disk.id.clone().unwrap_or_else(|| format!("_disk{index}")),
-            kind: "disk",
-            segment: disk.pci_segment,
-            slot: disk.pci_device_id,
-            device: Box::new(device),
-        })
-    };
+    let make = |(index, disk)| make_disk(&format!("disks[{index}]"), disk);
     config.disks().iter().enumerate().map(make).collect()
+}
+
+fn make_disk(section: &str, disk: &DiskConfig) -> Result<Wanted, RegistryError> {
+    let field = |name: &str| format!("{section}.{name}");
+    let path = disk
+        .path
+        .clone()
+        .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
+    let num_queues = u16::try_from(disk.num_queues).map_err(|e| failed(field("num_queues"), e))?;
+    let options = BlkOptions {
+        readonly: disk.readonly,
+        direct: disk.direct,
+        serial: disk.serial.clone(),
+        num_queues,
+        queue_size: disk.queue_size,
+        disable_io_uring: disk.disable_io_uring,
+        sparse: disk.sparse,
+        ..BlkOptions::new(path.clone())
+    };
+    let device = Blk::open(options).map_err(|e| failed(format!("{} {}", field("path"), path.display()), e))?;
+    Ok(Wanted {
+        id: disk.id.clone().unwrap_or_default(),
+        kind: "disk",
+        segment: disk.pci_segment,
+        slot: disk.pci_device_id,
+        device: Box::new(device),
+    })
 }
 
 fn rng(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
@@ -130,45 +185,48 @@ fn rng(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
 }
 
 fn fs(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
-    let make = |(index, fs): (usize, &podvisor_api::types::FsConfig)| {
-        let field = |name: &str| format!("fs[{index}].{name}");
-        let dir = fs.shared_dir.clone().ok_or_else(|| {
-            failed(
-                field("socket"),
-                "a vhost-user file system is not supported yet; give shared_dir, which this monitor serves itself",
-            )
-        })?;
-        let options = FsOptions {
-            readonly: fs.readonly,
-            num_queues: u16::try_from(fs.num_queues).map_err(|e| failed(field("num_queues"), e))?,
-            queue_size: fs.queue_size,
-            ..FsOptions::new(fs.tag.clone(), dir.clone())
-        };
-        let device = Fs::new(options).map_err(|e| failed(format!("{} {}", field("shared_dir"), dir.display()), e))?;
-        Ok(Wanted {
-            id: fs.id.clone().unwrap_or_else(|| format!("_fs{index}")),
-            kind: "fs",
-            segment: fs.pci_segment,
-            slot: None,
-            device: Box::new(device),
-        })
-    };
+    let make = |(index, fs)| make_fs(&format!("fs[{index}]"), fs);
     config.fs().iter().enumerate().map(make).collect()
 }
 
-fn vsock(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
-    let Some(vsock) = &config.vsock else {
-        return Ok(Vec::new());
+fn make_fs(section: &str, fs: &FsConfig) -> Result<Wanted, RegistryError> {
+    let field = |name: &str| format!("{section}.{name}");
+    let dir = fs.shared_dir.clone().ok_or_else(|| {
+        failed(
+            field("socket"),
+            "a vhost-user file system is not supported yet; give shared_dir, which this monitor serves itself",
+        )
+    })?;
+    let options = FsOptions {
+        readonly: fs.readonly,
+        num_queues: u16::try_from(fs.num_queues).map_err(|e| failed(field("num_queues"), e))?,
+        queue_size: fs.queue_size,
+        ..FsOptions::new(fs.tag.clone(), dir.clone())
     };
+    let device = Fs::new(options).map_err(|e| failed(format!("{} {}", field("shared_dir"), dir.display()), e))?;
+    Ok(Wanted {
+        id: fs.id.clone().unwrap_or_default(),
+        kind: "fs",
+        segment: fs.pci_segment,
+        slot: None,
+        device: Box::new(device),
+    })
+}
+
+fn vsock(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {
+    config.vsock.iter().map(make_vsock).collect()
+}
+
+fn make_vsock(vsock: &VsockConfig) -> Result<Wanted, RegistryError> {
     let options = VsockOptions::new(u64::from(vsock.cid), vsock.socket.clone());
     let device = Vsock::new(options).map_err(|e| failed(format!("vsock.socket {}", vsock.socket.display()), e))?;
-    Ok(vec![Wanted {
-        id: vsock.id.clone().unwrap_or_else(|| "_vsock0".to_owned()),
+    Ok(Wanted {
+        id: vsock.id.clone().unwrap_or_default(),
         kind: "vsock",
         segment: vsock.pci_segment,
         slot: None,
         device: Box::new(device),
-    }])
+    })
 }
 
 fn console(config: &VmConfig) -> Result<Vec<Wanted>, RegistryError> {

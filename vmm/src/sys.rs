@@ -122,6 +122,27 @@ pub fn inherited_listener(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A descriptor for what `fd`, inherited from the parent, stands for, made non-blocking.
+///
+/// # Errors
+/// EBADF when it is not open.
+pub fn inherited_output(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl may be asked about any number; these commands take a number and touch no memory.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor and nobody else holds it.
+    let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+    // SAFETY: as above; `copy` is open.
+    let flags = unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_GETFL) };
+    // SAFETY: as above.
+    if flags < 0 || unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(copy)
+}
+
 /// Makes every file and socket this process creates private to its user.
 pub fn private_umask() {
     // SAFETY: umask has no preconditions and cannot fail.

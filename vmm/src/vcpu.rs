@@ -5,6 +5,7 @@
 mod kick;
 mod run_page;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -44,10 +45,12 @@ pub enum PodExit {
     Failed(String),
 }
 
-/// Tells the control loop that the pod stopped. The first reason counts.
+/// Tells the control loop that the pod stopped (the first reason counts), and which PCI slots its guest let go of.
 #[derive(Debug)]
 pub struct ExitSignal {
     reason: Mutex<Option<PodExit>>,
+    /// Segment and slot; a set, so that a guest cannot grow it beyond the slots there are.
+    ejected: Mutex<BTreeSet<(u16, u8)>>,
     fd: EventFd,
 }
 
@@ -59,6 +62,7 @@ impl ExitSignal {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             reason: Mutex::new(None),
+            ejected: Mutex::default(),
             fd: EventFd::new(EFD_NONBLOCK)?,
         })
     }
@@ -68,6 +72,18 @@ impl ExitSignal {
         lock(&self.reason).get_or_insert(reason);
         // A full counter is a signal already.
         let _ = self.fd.write(1);
+    }
+
+    /// The guest let go of `slot` of `segment`.
+    pub fn eject(&self, segment: u16, slot: u8) {
+        lock(&self.ejected).insert((segment, slot));
+        // A full counter is a signal already.
+        let _ = self.fd.write(1);
+    }
+
+    /// Takes the slots that the guest let go of.
+    pub fn take_ejected(&self) -> BTreeSet<(u16, u8)> {
+        std::mem::take(&mut *lock(&self.ejected))
     }
 
     /// Takes the reason, if one was given.

@@ -2,10 +2,13 @@
 
 use std::time::Instant;
 
+use podvisor_api::events::What;
+
 use super::Failure;
 use super::args::{RunArgs, Seccomp};
 use crate::api_socket::ApiSocket;
 use crate::control::{ControlError, Monitor};
+use crate::telling::Telling;
 use crate::{isolation, logging, machine, sys};
 
 /// Runs the monitor until its pod ends.
@@ -29,6 +32,12 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     // Told before anything is made, so that a machine without KVM hears one thing.
     drop(machine::open_kvm().map_err(Failure::usage)?);
     let mut monitor = Monitor::new(start, expect_digest).map_err(Failure::runtime)?;
+    if let Some(text) = &args.event_monitor {
+        let telling =
+            Telling::open(text, start).map_err(|e| Failure::usage(format!("--event-monitor {e}")))?;
+        telling.vmm(What::Starting);
+        monitor.tell(telling);
+    }
     if let Some(socket) = &args.api_socket {
         monitor.serve(ApiSocket::open(socket).map_err(Failure::runtime)?);
     }
