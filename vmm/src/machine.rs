@@ -129,11 +129,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`BootError`]; everything that was made is gone then.
-    pub fn boot(
-        plan: &PodPlan,
-        exit: &Arc<ExitSignal>,
-        telling: &Telling,
-    ) -> Result<(Self, Subscribers), BootError> {
+    pub fn boot(plan: &PodPlan, exit: &Arc<ExitSignal>, telling: &Telling) -> Result<(Self, Subscribers), BootError> {
         let start = Instant::now();
         let boot = plan.boot.as_ref().ok_or_else(|| {
             BootError::new("the pod has nothing to boot: give payload.igvm or payload.kernel in vm.create")
@@ -160,7 +156,8 @@ impl Machine {
         let confidential = Confidential::new(plan, &ram)?;
         let vm = create_vm(&kvm, &ram, confidential.as_ref(), &launch_plan)?;
         let fds = create_vcpus(&vm, plan.vcpus, &cpuid, telling)?;
-        let (chipset, plug, devices, subscribers) = add_devices(plan, &vm, &acpi, &ram, confidential.as_ref(), exit, telling)?;
+        let (chipset, plug, devices, subscribers) =
+            add_devices(plan, &vm, &acpi, &ram, confidential.as_ref(), exit, telling)?;
         let built = start.elapsed();
 
         let confidential = match confidential {

@@ -303,7 +303,8 @@ impl PodSlot {
             }
             tracing::info!(id = name, "device removed");
             let bdf = bdf.to_string();
-            self.telling.tell(Source::Vm, What::DeviceRemoved, &[("id", &name), ("bdf", &bdf)]);
+            self.telling
+                .tell(Source::Vm, What::DeviceRemoved, &[("id", &name), ("bdf", &bdf)]);
         }
     }
 

@@ -70,6 +70,21 @@ pub enum MemoryAdvice {
     Populate,
 }
 
+/// Raises the number of descriptors this process may have to what its user may have at most: a shared directory holds one
+/// for each file that the guest knows. A limit that cannot be raised stays.
+pub fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a live local of the right type.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0 && limit.rlim_cur < limit.rlim_max {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: as above; the call only reads it.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    }
+}
+
 /// Has the kernel send SIGTERM to the process that `command` starts when the thread that starts it ends.
 pub fn end_with_parent(command: &mut Command) {
     let before_exec = || {

@@ -1,6 +1,10 @@
 //! Devices added to and removed from a pod, before its boot and while it runs.
 
-#![expect(clippy::unwrap_used, reason = "a failure here is the test's")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a failure here is the test's"
+)]
 
 mod common;
 

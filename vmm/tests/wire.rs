@@ -158,3 +158,8 @@ fn life() {
 fn nulls() {
     play("nulls");
 }
+
+#[test]
+fn preboot() {
+    play("preboot");
+}

@@ -23,6 +23,7 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     }
     sys::private_umask();
     sys::ignore_sigpipe();
+    sys::raise_descriptor_limit();
     logging::start(logging::level(args.verbosity), args.log_file.as_deref(), start)
         .map_err(|e| Failure::usage(format!("--log-file: {e}")))?;
     tracing::info!("podvisor {} pid {}", env!("CARGO_PKG_VERSION"), std::process::id());
@@ -33,8 +34,7 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     drop(machine::open_kvm().map_err(Failure::usage)?);
     let mut monitor = Monitor::new(start, expect_digest).map_err(Failure::runtime)?;
     if let Some(text) = &args.event_monitor {
-        let telling =
-            Telling::open(text, start).map_err(|e| Failure::usage(format!("--event-monitor {e}")))?;
+        let telling = Telling::open(text, start).map_err(|e| Failure::usage(format!("--event-monitor {e}")))?;
         telling.vmm(What::Starting);
         monitor.tell(telling);
     }
