@@ -40,6 +40,15 @@ pub trait IrqLine: Send + Sync {
     fn trigger(&self) -> io::Result<()>;
 }
 
+/// A step in a virtio device's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceStep {
+    /// Its driver is ready.
+    Activated,
+    /// Its driver let go of it.
+    Reset,
+}
+
 /// The hypervisor as devices use it.
 pub trait Hypervisor: Send + Sync {
     /// Makes guest writes to MMIO `address` (of any length, with any value) signal `fd` without leaving the kernel.
@@ -57,4 +66,6 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// When no vectors are left.
     fn msi_vectors(&self, count: u16) -> io::Result<Arc<dyn MsiVectors>>;
+    /// Hears that device `id` took a step; from the event loop or a vCPU, and not to be held up.
+    fn stepped(&self, _id: &str, _step: DeviceStep) {}
 }

@@ -29,7 +29,7 @@ use crate::memory::PodMemory;
 use crate::pci::config::{ConfigError, ConfigSpace, Identity};
 use crate::pci::msix::{MAX_VECTORS, MSIX_CAPABILITY, Msix};
 use crate::pci::{PciFunction, PciRoot};
-use crate::platform::Hypervisor;
+use crate::platform::{DeviceStep, Hypervisor};
 
 /// Size of the one BAR, as Cloud Hypervisor lays it out.
 pub const BAR_SIZE: u64 = 0x8_0000;
@@ -315,6 +315,7 @@ impl VirtioPci {
         if let Err(reason) = outcome {
             return self.fail(&reason);
         }
+        self.hypervisor.stepped(&self.id, DeviceStep::Activated);
         self.place_doorbells();
         for doorbell in &mut self.doorbells {
             if std::mem::take(&mut doorbell.early) {
@@ -344,6 +345,9 @@ impl VirtioPci {
     fn reset(&mut self) {
         if !matches!(self.phase, Phase::Configuring(_)) || self.status != 0 {
             self.device.reset();
+        }
+        if !matches!(self.phase, Phase::Configuring(_)) {
+            self.hypervisor.stepped(&self.id, DeviceStep::Reset);
         }
         self.phase = Phase::Configuring(QueueSetup::new(self.device.queue_max_sizes()));
         self.status = 0;
