@@ -65,7 +65,8 @@ pub const PDE_START: u64 = 0xB000;
 pub const BOOT_STACK_POINTER: u64 = 0x8FF0;
 
 /// Offsets below the end of the 64-bit device area, as Cloud Hypervisor places its ACPI devices with a 43-bit
-/// device window: GED byte at 0x7FF_FFFE_D000, CPU hotplug at ..E000, PCI hotplug at ..F000.
+/// device window: GED byte at 0x7FF_FFFE_D000, CPU hotplug at ..E000, PCI hotplug at ..F000. Baked tables have no
+/// memory hotplug controller; ours is below the others, at ..C000.
 pub const GED_START: u64 = 0x7FF_FFFE_D000;
 /// Length of the GED register.
 pub const GED_SIZE: u64 = 1;
@@ -77,6 +78,14 @@ pub const CPU_HOTPLUG_SIZE: u64 = 12;
 pub const PCI_HOTPLUG_START: u64 = 0x7FF_FFFE_F000;
 /// Length of the PCI hotplug controller.
 pub const PCI_HOTPLUG_SIZE: u64 = 16;
+/// Memory hotplug controller (24 bytes).
+pub const MEMORY_HOTPLUG_START: u64 = 0x7FF_FFFE_C000;
+/// Length of the memory hotplug controller.
+pub const MEMORY_HOTPLUG_SIZE: u64 = 24;
+/// Memory devices that can be plugged in one life of a pod, as Cloud Hypervisor has it.
+pub const MEMORY_SLOTS: u8 = 8;
+/// Start and size of plugged memory are multiples of this: Linux's memory block on x86-64 (128 MiB).
+pub const MEMORY_BLOCK_SIZE: u64 = 128 << 20;
 
 /// COM1 port.
 pub const SERIAL_PORT: u16 = 0x3F8;
@@ -114,6 +123,8 @@ pub struct DeviceArea {
     pub cpu_hotplug: u64,
     /// PCI hotplug controller.
     pub pci_hotplug: u64,
+    /// Memory hotplug controller.
+    pub memory_hotplug: u64,
 }
 
 /// Where devices are in a guest of `phys_bits` physical address bits (36 to 52; others count as the nearest). From
@@ -132,6 +143,7 @@ pub fn device_area(phys_bits: u8) -> DeviceArea {
         ged: GED_START - lowered,
         cpu_hotplug: CPU_HOTPLUG_START - lowered,
         pci_hotplug: PCI_HOTPLUG_START - lowered,
+        memory_hotplug: MEMORY_HOTPLUG_START - lowered,
     }
 }
 
@@ -153,8 +165,8 @@ mod tests {
             let area = device_area(bits);
             assert_eq!(area.mmio_start, MEM_64BIT_DEVICES_START);
             assert_eq!(
-                (area.ged, area.cpu_hotplug, area.pci_hotplug),
-                (GED_START, CPU_HOTPLUG_START, PCI_HOTPLUG_START)
+                (area.ged, area.cpu_hotplug, area.pci_hotplug, area.memory_hotplug),
+                (GED_START, CPU_HOTPLUG_START, PCI_HOTPLUG_START, MEMORY_HOTPLUG_START)
             );
             assert!(area.max_segments() >= 16);
         }
@@ -165,7 +177,12 @@ mod tests {
         for bits in 36..43 {
             let area = device_area(bits);
             assert!(area.pci_hotplug + PCI_HOTPLUG_SIZE < 1 << bits, "{bits}");
-            assert!(area.mmio_end <= area.ged && area.mmio_start < area.mmio_end && area.mmio_start > RAM_64BIT_START);
+            assert!(
+                area.mmio_end <= area.memory_hotplug
+                    && area.mmio_start < area.mmio_end
+                    && area.mmio_start > RAM_64BIT_START
+            );
+            assert!(area.memory_hotplug + MEMORY_HOTPLUG_SIZE <= area.ged);
             assert!(area.max_segments() >= 1);
         }
     }

@@ -1,5 +1,5 @@
-//! The DSDT: host bridges with hot-pluggable slots, the PCI and CPU hotplug controllers, the generic event device
-//! that tells the guest of events, COM1, the power button and S5. Names, registers and methods are Cloud
+//! The DSDT: host bridges with hot-pluggable slots, the PCI and CPU hotplug controllers (memory's is in `memory`), the
+//! generic event device that tells the guest of events, COM1, the power button and S5. Names, registers and methods are Cloud
 //! Hypervisor's, whose tables are baked into existing images.
 
 use acpi_tables::aml::{
@@ -11,15 +11,16 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 
 use super::AcpiMachine;
+use super::memory::memory_hotplug;
 use super::tables::{local_x2apic, table};
 use crate::layout;
 
 /// AML that is already bytes.
 #[derive(Default)]
-struct Raw(Vec<u8>);
+pub(super) struct Raw(Vec<u8>);
 
 impl Raw {
-    fn push(&mut self, aml: &dyn Aml) {
+    pub(super) fn push(&mut self, aml: &dyn Aml) {
         aml.to_aml_bytes(&mut self.0);
     }
 }
@@ -30,21 +31,21 @@ impl Aml for Raw {
     }
 }
 
-fn path(name: &str) -> Path {
+pub(super) fn path(name: &str) -> Path {
     Path::new(name)
 }
 
-fn name(of: &str, value: &dyn Aml) -> Name {
+pub(super) fn name(of: &str, value: &dyn Aml) -> Name {
     Name::new(path(of), value)
 }
 
 /// `_CRS` of a device that is a few registers in memory.
-fn register_crs(start: u64, len: u64) -> Name {
+pub(super) fn register_crs(start: u64, len: u64) -> Name {
     let window = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, start, start + len - 1, None);
     name("_CRS", &ResourceTemplate::new(vec![&window]))
 }
 
-fn field(region: &str, access: FieldAccessType, update: FieldUpdateRule, entries: Vec<FieldEntry>) -> Field {
+pub(super) fn field(region: &str, access: FieldAccessType, update: FieldUpdateRule, entries: Vec<FieldEntry>) -> Field {
     Field::new(path(region), access, FieldLockRule::NoLock, update, entries)
 }
 
@@ -56,6 +57,7 @@ pub(super) fn dsdt(machine: &AcpiMachine) -> Vec<u8> {
     }
     pci_hotplug(&mut aml, machine);
     cpu_hotplug(&mut aml, machine);
+    memory_hotplug(&mut aml, machine);
     events(&mut aml, machine);
     mainboard(&mut aml);
     if machine.serial {
@@ -358,7 +360,7 @@ fn cpu_methods(aml: &mut Raw, max_vcpus: u32) {
     ));
 }
 
-/// The event byte (bit 0 CPU, 2 PCI, 3 power button) and the device whose interrupt says to look at it.
+/// The event byte (bit 0 CPU, 1 memory, 2 PCI, 3 power button) and the device whose interrupt says to look at it.
 fn events(aml: &mut Raw, machine: &AcpiMachine) {
     let start = machine.device_area().ged;
     let on = |bit: u8, action: &dyn Aml| {
@@ -367,6 +369,11 @@ fn events(aml: &mut Raw, machine: &AcpiMachine) {
         raw.push(&masked);
         raw.push(&If::new(&Equal::new(&Local(1), &bit), vec![action]));
         raw
+    };
+    let memory = if machine.memory_slots > 0 {
+        on(2, &MethodCall::new(path("\\_SB_.MHPC.MSCN"), vec![]))
+    } else {
+        Raw::default()
     };
     aml.push(&Device::new(
         path("_SB_.GEC_"),
@@ -388,6 +395,7 @@ fn events(aml: &mut Raw, machine: &AcpiMachine) {
                 vec![
                     &Store::new(&Local(0), &path("GDAT")),
                     &on(1, &MethodCall::new(path("\\_SB_.CPUS.CSCN"), vec![])),
+                    &memory,
                     &on(4, &MethodCall::new(path("\\_SB_.PHPR.PSCN"), vec![])),
                     &on(8, &Notify::new(&path("\\_SB_.PWRB"), &0x80u8)),
                 ],

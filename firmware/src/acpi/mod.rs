@@ -1,7 +1,8 @@
 //! The ACPI tables of a pod, laid out from the RSDP on. Hardware-reduced ACPI as Cloud Hypervisor describes its
-//! machine, because images exist that rely on it; the AML is in `dsdt`, the other tables are in `tables`.
+//! machine, because images exist that rely on it; the AML is in `dsdt` and `memory`, the other tables are in `tables`.
 
 mod dsdt;
+mod memory;
 pub mod tables;
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,9 @@ pub struct AcpiMachine {
     pub max_vcpus: u32,
     /// PCI segments, 1 to 16.
     pub segments: u16,
+    /// Memory devices that can be plugged, at most [`layout::MEMORY_SLOTS`]; 0 for a pod without memory hotplug, which
+    /// has no controller for it.
+    pub memory_slots: u8,
     /// Width of the guest's physical addresses.
     pub phys_bits: u8,
     /// Whether COM1 exists.
@@ -72,6 +76,12 @@ pub enum AcpiError {
         /// Width of addresses.
         phys_bits: u8,
     },
+    /// Memory devices.
+    #[error("{slots} memory slots: at most {max}", max = layout::MEMORY_SLOTS)]
+    MemorySlots {
+        /// Wanted.
+        slots: u8,
+    },
     /// The tables do not fit below 1 MiB.
     #[error("the ACPI tables have {len} bytes; from {start:#x} to 1 MiB there is room for {room}", start = layout::ACPI_START)]
     TooLarge {
@@ -115,6 +125,11 @@ impl AcpiTables {
                 segments,
                 max,
                 phys_bits,
+            });
+        }
+        if machine.memory_slots > layout::MEMORY_SLOTS {
+            return Err(AcpiError::MemorySlots {
+                slots: machine.memory_slots,
             });
         }
         let gpa = layout::ACPI_START;

@@ -9,6 +9,7 @@ fn machine() -> AcpiMachine {
         vcpus: 2,
         max_vcpus: 4,
         segments: 3,
+        memory_slots: 8,
         phys_bits: 46,
         serial: true,
     }
@@ -179,6 +180,10 @@ fn what_cannot_be_described_is_refused() {
         Err(AcpiError::Segments { max: 7, .. })
     ));
     assert!(matches!(build(|m| m.max_vcpus = 4096), Err(AcpiError::TooLarge { .. })));
+    assert!(matches!(
+        build(|m| m.memory_slots = 9),
+        Err(AcpiError::MemorySlots { slots: 9 })
+    ));
     assert!(build(|m| (m.max_vcpus, m.segments) = (254, 16)).is_ok());
 }
 
@@ -213,4 +218,134 @@ fn acpica_reads_the_tables() {
         }
     }
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// What ACPICA's interpreter prints when it runs `commands` on the DSDT of `machine`, with every byte of every
+/// register `fill`; None where it is not installed.
+fn interpret(machine: &AcpiMachine, fill: u8, commands: &str) -> Option<String> {
+    if std::process::Command::new("acpiexec").arg("-v").output().is_err() {
+        eprintln!("acpiexec is not installed; skipped");
+        return None;
+    }
+    let file = std::env::temp_dir().join(format!("podvisor-aml-{}-{fill}.aml", std::process::id()));
+    let tables = AcpiTables::build(machine).unwrap();
+    let found = walk(&tables);
+    std::fs::write(&file, found.iter().find(|(name, _)| name == "DSDT").unwrap().1).unwrap();
+    let out = std::process::Command::new("acpiexec")
+        .arg(format!("-fv{fill:#x}"))
+        .args(["-b", commands])
+        .arg(&file)
+        .output()
+        .unwrap();
+    std::fs::remove_file(&file).unwrap();
+    Some(String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+}
+
+/// The integer that evaluating `path` returned.
+fn integer(output: &str, path: &str) -> u64 {
+    let after = output.split_once(&format!("Evaluation of {path} returned")).unwrap().1;
+    let digits = after.split_once("[Integer] = ").unwrap().1;
+    u64::from_str_radix(&digits[..16], 16).unwrap()
+}
+
+fn notified(output: &str, device: &str, what: &str) -> bool {
+    let device = format!("Notify on [{device}]");
+    output.lines().any(|line| line.contains(&device) && line.contains(what))
+}
+
+#[test]
+fn acpica_runs_the_scans() {
+    // 0x13 in every register: CPU and memory events; memory and vCPU there and inserting.
+    let Some(output) = interpret(&machine(), 0x13, r"execute \_SB_.GEC_.ESCN") else {
+        return;
+    };
+    for device in [
+        "C000", "C001", "C002", "C003", "M000", "M001", "M002", "M003", "M004", "M005", "M006", "M007",
+    ] {
+        assert!(notified(&output, device, "Device Check"), "{device}: {output}");
+    }
+    assert!(
+        !notified(&output, "S001", "") && !output.contains("Eject Request"),
+        "{output}"
+    );
+    // 0x04: a PCI event, and slot 2 of every segment in both bitmaps, so each is notified for all three.
+    let output = interpret(&machine(), 4, r"execute \_SB_.GEC_.ESCN").unwrap();
+    let count = |what: &str| {
+        output
+            .lines()
+            .filter(|l| l.contains("[S002]") && l.contains(what))
+            .count()
+    };
+    assert_eq!((count("Device Check"), count("Eject Request")), (3, 3), "{output}");
+    assert!(
+        !notified(&output, "M000", "") && !notified(&output, "C000", ""),
+        "{output}"
+    );
+    // 0x0E: memory and PCI events and the power button; what is there is asked to go, what is not there comes.
+    let output = interpret(&machine(), 0x0E, r"execute \_SB_.GEC_.ESCN").unwrap();
+    assert!(notified(&output, "PWRB", "0x80"), "{output}");
+    assert!(notified(&output, "M007", "Device Check"), "{output}");
+    let output = interpret(&machine(), 0, r"execute \_SB_.GEC_.ESCN").unwrap();
+    assert!(!output.contains("Notify on"), "{output}");
+}
+
+#[test]
+fn acpica_asks_the_registers() {
+    let commands = r"execute \_SB_.MHPC.M003._CRS; execute \_SB_.MHPC.M003._STA; execute \_SB_.CPUS.C002._STA; execute \_SB_.CPUS.C002._MAT; execute \_SB_.PRES.CSEL";
+    let Some(output) = interpret(&machine(), 0x13, commands) else {
+        return;
+    };
+    // The simulated registers keep what is written, so the selected slot is also the low word of the base.
+    let bytes: Vec<u8> = output
+        .lines()
+        .filter_map(|line| line.split_once("  // ")?.0.split_once("0: "))
+        .flat_map(|(_, bytes)| bytes.split_whitespace())
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+        .collect();
+    let (base, len) = (0x1313_1313_0000_0003_u64, 0x1313_1313_1313_1313);
+    assert_eq!(
+        (double(&bytes, 14), double(&bytes, 22), double(&bytes, 38)),
+        (base, base + len - 1, len),
+        "{output}"
+    );
+    assert_eq!(bytes[48..], tables::local_x2apic(2, true));
+    assert_eq!(integer(&output, r"\_SB_.MHPC.M003._STA"), 0x0F);
+    assert_eq!(integer(&output, r"\_SB_.CPUS.C002._STA"), 0x0F);
+    assert_eq!(integer(&output, r"\_SB_.PRES.CSEL"), 2);
+    let commands = r"execute \_SB_.MHPC.M003._STA; execute \_SB_.CPUS.C002._STA; execute \_SB_.MHPC.M005._EJ0 1; execute \_SB_.MHPC.MEJ0; execute \_SB_.MHPC.MSEL; execute \_SB_.CPUS.C003._EJ0 1; execute \_SB_.PRES.CEJ0; execute \_SB_.PRES.CSEL; execute \_SB_.PC02.S004._EJ0 1; execute \_SB_.PHPR.PSEG; execute \_SB_.PHPR.B0EJ; execute \_SB_.PC02._SEG";
+    let output = interpret(&machine(), 0, commands).unwrap();
+    for (path, value) in [
+        (r"\_SB_.MHPC.M003._STA", 0),
+        (r"\_SB_.CPUS.C002._STA", 0),
+        (r"\_SB_.MHPC.MEJ0", 1),
+        (r"\_SB_.MHPC.MSEL", 5),
+        (r"\_SB_.PRES.CEJ0", 1),
+        (r"\_SB_.PRES.CSEL", 3),
+        (r"\_SB_.PHPR.PSEG", 2),
+        (r"\_SB_.PHPR.B0EJ", 1 << 4),
+        (r"\_SB_.PC02._SEG", 2),
+    ] {
+        assert_eq!(integer(&output, path), value, "{path}: {output}");
+    }
+}
+
+#[test]
+fn a_machine_without_memory_slots_has_no_controller_for_them() {
+    let bare = AcpiMachine {
+        memory_slots: 0,
+        ..machine()
+    };
+    let holds = |machine: &AcpiMachine, bytes: &[u8]| {
+        let tables = AcpiTables::build(machine).unwrap();
+        tables.bytes.windows(bytes.len()).any(|window| window == bytes)
+    };
+    for bytes in [
+        b"MHPC".as_slice(),
+        b"M000",
+        b"M007",
+        &layout::MEMORY_HOTPLUG_START.to_le_bytes(),
+    ] {
+        assert!(holds(&machine(), bytes) && !holds(&bare, bytes), "{bytes:?}");
+    }
+    assert!(!holds(&machine(), b"M008"));
 }

@@ -127,6 +127,7 @@ fn a_kernel_is_entered_as_pvh_says() {
             vcpus: 1,
             max_vcpus: 1,
             segments: 1,
+            memory_slots: 0,
             phys_bits: 46,
             serial: true,
         })
