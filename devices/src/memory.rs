@@ -1,6 +1,7 @@
 //! Guest memory as devices see it. Every access, whatever crate makes it, goes through [`PodRegion::get_slice`],
 //! which hands out shared pages only; a private, absent or wrapping address is an error of that one access.
 
+use std::io;
 use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
@@ -14,6 +15,26 @@ use vm_memory::{
 pub trait SharedPages: Send + Sync {
     /// Whether every byte of `[gpa, gpa + len)` is shared. On the data path: lock-free.
     fn is_shared(&self, gpa: u64, len: u64) -> bool;
+}
+
+/// Takes back and provides the host's memory behind guest pages. Devices by which a guest returns memory call it; the
+/// monitor does it.
+pub trait Reclaim: Send + Sync {
+    /// The host may take the memory behind `[gpa, gpa + len)` back; the guest no longer counts on what is in it, and
+    /// what it reads there later is undefined or zero. Parts that hold nothing are allowed.
+    ///
+    /// # Errors
+    /// When the range is not the pod's RAM or the host refuses; then nothing was lost.
+    fn discard(&self, gpa: u64, len: u64) -> io::Result<()>;
+
+    /// The guest is about to use `[gpa, gpa + len)` (again). By default that needs nothing: pages come as they are
+    /// touched.
+    ///
+    /// # Errors
+    /// When the host cannot provide it.
+    fn provide(&self, _gpa: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// One RAM region of a pod.
@@ -69,6 +90,8 @@ impl GuestMemoryRegion for PodRegion {
 }
 
 impl GuestMemoryRegionBytes for PodRegion {}
+
+pub mod blocks;
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! The registers behind Cloud Hypervisor's ACPI hotplug methods: PCI slots (`PHPR`, 16 bytes: PCIU, PCID, B0EJ, PSEG)
-//! and vCPUs (`PRES`, 12 bytes: CSEL, then CPEN, CINS, CRMV, CEJ0 as bits of a byte, then CDAT). The monitor fills
-//! the state; the guest reads it after a GED event and answers with ejections, which are passed to the monitor.
+//! and vCPUs (`PRES`, 12 bytes: CSEL, then CPEN, CINS, CRMV, CEJ0 as bits of a byte, then CDAT); those of memory are in
+//! `memory_hotplug`. The monitor fills the state; the guest reads it after a GED event and answers with ejections, which
+//! are passed to the monitor.
 
 use std::sync::Arc;
 
@@ -18,6 +19,8 @@ pub trait HotplugSink: Send + Sync {
     fn eject_slot(&self, segment: u16, slot: u8);
     /// The guest lets go of vCPU `index`.
     fn eject_vcpu(&self, index: u32);
+    /// The guest lets go of the memory `[start, start + len)`, which it was asked for: it is in no slot any more.
+    fn eject_memory(&self, _start: u64, _len: u64) {}
 }
 
 #[derive(Clone, Copy, Debug, Default)]

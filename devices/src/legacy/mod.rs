@@ -1,5 +1,5 @@
 //! What a PC has beside PCI: serial port, i8042, CMOS clock, debug port, and the ACPI registers of Cloud Hypervisor's
-//! machine (power, timer, generic events, PCI and CPU hotplug). Addresses are the monitor's.
+//! machine (power, timer, generic events, PCI, CPU and memory hotplug). Addresses are the monitor's.
 
 pub mod acpi_pm;
 pub mod cmos;
@@ -8,6 +8,7 @@ pub mod ged;
 pub mod hotplug;
 pub mod i8042;
 pub mod ioapic;
+pub mod memory_hotplug;
 pub mod output;
 pub mod serial;
 
@@ -18,6 +19,7 @@ pub use ged::{Ged, GedEvent};
 pub use hotplug::{CpuHotplug, HotplugSink, PciHotplug};
 pub use i8042::I8042;
 pub use ioapic::IoApic;
+pub use memory_hotplug::{MemoryHotplug, MemoryHotplugError, PluggedMemory};
 pub use output::Output;
 pub use serial::{Serial, SerialSubscriber};
 

@@ -33,6 +33,9 @@ impl HotplugSink for Ejected {
     fn eject_vcpu(&self, index: u32) {
         lock(&self.0).push((0xFFFF, index));
     }
+    fn eject_memory(&self, start: u64, len: u64) {
+        lock(&self.0).push(((start >> 20) as u16, (len >> 20) as u32));
+    }
 }
 
 #[test]
@@ -145,6 +148,89 @@ fn vcpus_are_scanned_inserted_and_ejected_as_the_acpi_methods_do() {
     c.write(4, &[0xFF]);
     c.write(0, &[1]);
     assert_eq!((status(&mut c), read32(&mut c, 8)), (0, 0));
+}
+
+/// The slot's state as MCRS and MSTA read it: base, length, flags.
+fn memory_slot(h: &mut MemoryHotplug, slot: u32) -> (u64, u64, u8) {
+    h.write(0, &slot.to_le_bytes());
+    let words = [0, 4, 8, 12].map(|at| u64::from(read32(h, at)));
+    let mut flags = [0xEE];
+    h.read(20, &mut flags);
+    (words[1] << 32 | words[0], words[3] << 32 | words[2], flags[0])
+}
+
+const GIB: u64 = 1 << 30;
+
+#[test]
+fn memory_is_scanned_inserted_and_ejected_as_the_acpi_methods_do() {
+    let ejected = Arc::new(Ejected::default());
+    let mut h = MemoryHotplug::new(8, ejected.clone());
+    assert_eq!(memory_slot(&mut h, 0), (0, 0, 0));
+    assert_eq!(h.add(4 * GIB, 5 * GIB), Ok(0));
+    assert_eq!(h.add(9 * GIB, 128 << 20), Ok(1));
+    assert_eq!(memory_slot(&mut h, 0), (4 * GIB, 5 * GIB, 0b11));
+    // MSCN: MINS is cleared by writing it.
+    h.write(20, &[0b10]);
+    assert_eq!(memory_slot(&mut h, 0).2, 0b1);
+    assert_eq!(memory_slot(&mut h, 1), (9 * GIB, 128 << 20, 0b11));
+    // An ejection that nobody asked for changes nothing.
+    h.write(20, &[0b1000]);
+    assert_eq!(memory_slot(&mut h, 1).2, 0b11);
+    assert!(lock(&ejected.0).is_empty());
+    h.unplug(1).unwrap();
+    assert_eq!(memory_slot(&mut h, 1).2, 0b111);
+    h.write(20, &[0b100]);
+    assert_eq!(memory_slot(&mut h, 1).2, 0b011);
+    assert_eq!(
+        h.plugged().map(|m| (m.slot, m.removing)).collect::<Vec<_>>(),
+        [(0, false), (1, true)]
+    );
+    h.write(20, &[0b1000]);
+    h.write(20, &[0b1000]);
+    assert_eq!(memory_slot(&mut h, 1), (0, 0, 0));
+    assert_eq!(*lock(&ejected.0), [(9 << 10, 128)], "ejected once");
+    assert_eq!(h.add(9 * GIB, 128 << 20), Ok(1), "the slot is free again");
+}
+
+#[test]
+fn memory_slots_are_bounded() {
+    let mut h = MemoryHotplug::new(8, Arc::new(Ejected::default()));
+    for (start, len) in [(0, 0), (1, 4096), (4096, 1), (u64::MAX - 4095, 4096), (4096, u64::MAX)] {
+        assert_eq!(h.add(start, len), Err(MemoryHotplugError::Range { start, len }));
+    }
+    for slot in 0..8 {
+        assert_eq!(h.add((4 + u64::from(slot)) * GIB, GIB), Ok(slot));
+    }
+    for (start, slot) in [(4 * GIB, 0), (12 * GIB - 4096, 7), (3 * GIB, 0)] {
+        let error = h.add(start, 2 * GIB).unwrap_err();
+        assert!(
+            matches!(error, MemoryHotplugError::Overlap { slot: s, .. } if s == slot),
+            "{start:#x}: {error}"
+        );
+    }
+    assert_eq!(h.add(12 * GIB, GIB), Err(MemoryHotplugError::Full { slots: 8 }));
+    assert_eq!(h.unplug(8), Err(MemoryHotplugError::Empty { slot: 8 }));
+    assert_eq!(h.plugged().map(|m| m.len).sum::<u64>(), 8 * GIB);
+}
+
+#[test]
+fn odd_accesses_to_the_memory_controller_change_nothing() {
+    let mut h = MemoryHotplug::new(8, Arc::new(Ejected::default()));
+    h.add(GIB, GIB).unwrap();
+    for slot in [8, 255, u32::MAX] {
+        assert_eq!(memory_slot(&mut h, slot), (0, 0, 0));
+        h.write(20, &[0xFF]);
+    }
+    h.write(0, &[0]);
+    h.write(0, &[0; 8]);
+    h.write(20, &[]);
+    h.write(16, &[0xFF; 4]);
+    assert_eq!(read32(&mut h, 0), 0, "slot u32::MAX is still selected");
+    assert_eq!(memory_slot(&mut h, 0), (GIB, GIB, 0b11));
+    assert_eq!((read32(&mut h, 1), read32(&mut h, 16), read32(&mut h, 24)), (0, 0, 0));
+    let mut wide = [0xEE; 8];
+    h.read(0, &mut wide);
+    assert_eq!(wide, [0, 0, 0, 0x40, 0, 0, 0, 0]);
 }
 
 #[test]
