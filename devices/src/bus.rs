@@ -3,6 +3,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use serde_json::Value;
+
 use crate::sync::lock;
 
 /// A device on a bus. Offsets are relative to the range it was registered for.
@@ -11,6 +13,17 @@ pub trait BusDevice: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// The guest writes `data` at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]);
+    /// What the guest made of the device, for a snapshot; null for one that keeps nothing.
+    fn save(&self) -> Value {
+        Value::Null
+    }
+    /// Takes over what [`BusDevice::save`] gave.
+    ///
+    /// # Errors
+    /// When it is not that.
+    fn restore(&mut self, _state: Value) -> Result<(), serde_json::Error> {
+        Ok(())
+    }
 }
 
 /// A device as the bus holds it.
@@ -105,6 +118,13 @@ impl Bus {
             Ok(at) => Ok(entries.remove(at).device),
             Err(_) => Err(BusError::Absent { base }),
         }
+    }
+
+    /// The devices, with the address at which each begins.
+    #[must_use]
+    pub fn devices(&self) -> Vec<(u64, SharedBusDevice)> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        entries.iter().map(|e| (e.base, Arc::clone(&e.device))).collect()
     }
 
     fn find(&self, address: u64) -> Option<(u64, SharedBusDevice)> {

@@ -1,5 +1,7 @@
 //! The API: one function an endpoint, and the table that finds it. Nothing here knows sockets or HTTP framing.
 
+mod snapshot;
+
 use podvisor_api::types::{VmConfig, VmRemoveDevice, VmmPingResponse};
 use podvisor_api::{JsonError, from_json};
 
@@ -115,6 +117,8 @@ const ENDPOINTS: &[Endpoint] = &[
     put("vm.delete", Body::No, "The VM could not be deleted", delete),
     put("vm.boot", Body::No, "The VM could not boot", boot),
     put("vm.pause", Body::No, "The VM could not be paused", pause),
+    put("vm.snapshot", Body::Needed, "The VM could not be snapshotted", snapshot::save),
+    put("vm.restore", Body::Needed, "The VM could not be restored", snapshot::restore),
     put("vm.resume", Body::No, "The VM could not resume", resume),
     put("vm.shutdown", Body::No, "The VM could not shutdown", shutdown),
     put("vm.reboot", Body::No, "The VM could not reboot", reboot),
@@ -159,9 +163,7 @@ const LATER: &[&str] = &[
     "vm.receive-migration",
     "vm.resize-disk",
     "vm.resize-zone",
-    "vm.restore",
     "vm.send-migration",
-    "vm.snapshot",
 ];
 
 /// Answers `call`.

@@ -20,6 +20,7 @@ pub mod pod;
 pub mod pod_image;
 pub mod registry;
 pub mod sizing;
+pub mod snapshot;
 pub mod sys;
 pub mod telling;
 pub mod vcpu;

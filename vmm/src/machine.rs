@@ -1,6 +1,8 @@
 //! A pod's machine, built when it boots and dropped when it stops: the VM, its memory and vCPUs, the chipset and the
 //! devices that the configuration asks for. A machine that cannot be built leaves nothing behind.
 
+mod saved;
+
 use std::error::Error;
 use std::fs::File;
 use std::io;
@@ -24,6 +26,7 @@ use podvisor_firmware::machine::MachineDescription;
 use podvisor_firmware::memory_map::memory_map;
 use podvisor_firmware::plan::{LaunchPlan, Platform};
 
+pub use self::saved::MachineState;
 use crate::chipset::Chipset;
 use crate::config::{Boot, PodPlan};
 use crate::cpuid::CpuidTemplate;
@@ -418,6 +421,11 @@ fn create_vm(
     vm.set_tss_address(tss).during("KVM_SET_TSS_ADDR")?;
     kvm::split_irqchip(&vm).during("KVM_CAP_SPLIT_IRQCHIP")?;
     Ok(Arc::new(vm))
+}
+
+/// As [`create_vm`], for a pod that is not confidential.
+fn create_plain_vm(host: &Kvm, ram: &GuestRam) -> Result<Arc<VmFd>, BootError> {
+    create_vm(host, ram, None, &LaunchPlan::new(Platform::Native))
 }
 
 fn create_vcpus(vm: &VmFd, count: u32, cpuid: &CpuidTemplate, telling: &Telling) -> Result<Vec<VcpuFd>, BootError> {

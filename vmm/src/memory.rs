@@ -2,6 +2,7 @@
 //! KVM and the devices get. Nothing is touched before the guest or the launch touches it.
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes addresses")]
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use podvisor_firmware::layout;
 use podvisor_snp::processor::{MemoryRegion, Processor};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress,
+    Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress,
 };
 
 use crate::sys::{self, MemoryAdvice};
@@ -102,6 +103,37 @@ impl GuestRam {
         Ok(Self { regions })
     }
 
+    /// Maps `size` bytes of `file` privately: pages are read when they are touched, and `file` is never written.
+    ///
+    /// # Errors
+    /// When the host cannot, or `options` ask for memory that is no file's private mapping.
+    pub fn from_file(size: u64, options: &RamOptions, file: &File) -> Result<Self, RamError> {
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for (gpa, len) in ram_ranges(size) {
+            let fail = |source| RamError::Map { gpa, len, source };
+            if options.shared || options.hugepages {
+                let reason = "memory.shared and memory.hugepages must be off: a restored pod has its memory file mapped privately";
+                return Err(fail(io::Error::new(io::ErrorKind::InvalidInput, reason)));
+            }
+            let file = file.try_clone().map_err(fail)?;
+            let region = map_private(gpa, len, FileOffset::new(file, offset)).map_err(fail)?;
+            advise(&region, options)?;
+            regions.push(Arc::new(region));
+            offset += len;
+        }
+        Ok(Self { regions })
+    }
+
+    /// Reads what is at `gpa`.
+    ///
+    /// # Errors
+    /// When there is not that much RAM.
+    pub fn read(&self, gpa: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let all = self.launch_memory()?;
+        all.read_slice(bytes, GuestAddress(gpa)).map_err(io::Error::other)
+    }
+
     /// Bytes of RAM.
     #[must_use]
     pub fn size(&self) -> u64 {
@@ -169,6 +201,17 @@ fn host_address(region: &GuestRegionMmap) -> u64 {
     region
         .get_host_address(MemoryRegionAddress(0))
         .map_or(0, |address| address.expose_provenance() as u64)
+}
+
+fn map_private(gpa: u64, len: u64, file: FileOffset) -> io::Result<GuestRegionMmap> {
+    let size = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+    let region = MmapRegionBuilder::new(size)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+        .with_file_offset(file)
+        .build()
+        .map_err(io::Error::other)?;
+    GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
 fn map(gpa: u64, len: u64, options: &RamOptions) -> io::Result<GuestRegionMmap> {
@@ -239,7 +282,7 @@ fn set_slot(vm: &VmFd, slot: &MemoryRegion) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemory};
+    use vm_memory::GuestMemory;
 
     use super::*;
 

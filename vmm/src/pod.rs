@@ -14,6 +14,7 @@ use crate::config::{PlanError, PodPlan};
 use crate::hex;
 use crate::machine::{BootError, BootTimings, Machine};
 use crate::registry::{self, Addition, RegistryError};
+use crate::snapshot::{self, SnapshotError};
 use crate::telling::Telling;
 use crate::vcpu::ExitSignal;
 
@@ -56,6 +57,12 @@ pub enum PodError {
     /// What was asked for does not exist here.
     #[error("{0}")]
     Unsupported(String),
+    /// It cannot be saved or restored.
+    #[error("the snapshot is refused")]
+    Unsaved(#[source] BootError),
+    /// Its snapshot's files.
+    #[error("the snapshot is refused")]
+    Snapshot(#[from] SnapshotError),
     /// A device failed.
     #[error("{0}")]
     Device(&'static str, #[source] std::io::Error),
@@ -219,6 +226,55 @@ impl PodSlot {
         telling.vm(What::Resuming);
         machine.resume();
         telling.vm(What::Resumed);
+        Ok(())
+    }
+
+    /// Writes a snapshot of the paused pod into directory `url`; the pod stays paused.
+    ///
+    /// # Errors
+    /// When it is not paused, is confidential, or has something that cannot be saved; nothing is written then.
+    pub fn snapshot(&mut self, url: &str) -> Result<(), PodError> {
+        let pod = self.pod.as_ref().ok_or(PodError::NotCreated)?;
+        let machine = &pod.running.as_ref().ok_or(PodError::NotRunning)?.machine;
+        let directory = snapshot::directory("destination_url", url)?;
+        let state = machine.save().map_err(PodError::Unsaved)?;
+        self.telling.vm(What::Snapshotting);
+        snapshot::write(&directory, &pod.plan.config, &state, machine.ram())?;
+        self.telling.vm(What::Snapshotted);
+        tracing::info!(directory = %directory.display(), "pod saved");
+        Ok(())
+    }
+
+    /// Makes the pod whose snapshot is in directory `url`, paused.
+    ///
+    /// # Errors
+    /// When there is a pod, or the snapshot cannot be restored; there is none then.
+    pub fn restore(&mut self, url: &str, events: &mut Events) -> Result<(), PodError> {
+        if self.pod.is_some() {
+            return Err(PodError::AlreadyCreated);
+        }
+        let saved = snapshot::read(&snapshot::directory("source_url", url)?)?;
+        let plan = PodPlan::new(saved.config, self.expect_digest)?;
+        if plan.isolation != Isolation::None {
+            return Err(PodError::Unsaved(BootError::new(
+                "config.json: a confidential pod has no snapshot that could be restored",
+            )));
+        }
+        self.telling.vm(What::Restoring);
+        let (machine, subscribers) = Machine::restore(&plan, &self.exit, &self.telling, saved.state, &saved.memory)
+            .map_err(PodError::Unsaved)?;
+        let subscribers = subscribers
+            .into_iter()
+            .map(|(id, s)| (id, events.add_subscriber(s)))
+            .collect();
+        let now = Some(self.start.elapsed());
+        (self.created_at, self.booted_at) = (now, now);
+        self.pod = Some(Pod {
+            plan,
+            timings: Some(machine.timings()),
+            running: Some(Running { machine, subscribers }),
+        });
+        self.telling.vm(What::Restored);
         Ok(())
     }
 
@@ -473,6 +529,7 @@ impl PodError {
             Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::NotRunning | Self::Already(_) => {
                 409
             }
+            Self::Unsaved(_) | Self::Snapshot(_) => 400,
             Self::Boot(_) | Self::Device(..) => 500,
         }
     }

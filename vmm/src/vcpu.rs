@@ -4,16 +4,20 @@
 
 mod kick;
 mod run_page;
+pub mod state;
 
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use podvisor_snp::processor::{MsrOutcome, Processor};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::state::{StateError, VcpuState};
 
 /// What answers the guest's port I/O and MMIO. A device lock is held for one access at most.
 pub trait GuestIo: Send + Sync {
@@ -135,6 +139,8 @@ pub struct VcpuContext {
 pub struct Vcpus {
     control: Arc<Control>,
     threads: Vec<JoinHandle<()>>,
+    /// The descriptors that the threads own until they are joined.
+    handles: Vec<RawFd>,
     paused: bool,
 }
 
@@ -147,6 +153,16 @@ impl Vcpus {
     /// # Errors
     /// When a thread cannot be had; those already started are stopped.
     pub fn start(fds: Vec<VcpuFd>, context: &VcpuContext) -> io::Result<Self> {
+        let mut vcpus = Self::start_paused(fds, context)?;
+        vcpus.resume();
+        Ok(vcpus)
+    }
+
+    /// As [`Vcpus::start`], but paused.
+    ///
+    /// # Errors
+    /// As [`Vcpus::start`].
+    pub fn start_paused(fds: Vec<VcpuFd>, context: &VcpuContext) -> io::Result<Self> {
         kick::install()?;
         let control = Arc::new(Control {
             wish: Mutex::new(Wish::Pause),
@@ -158,6 +174,7 @@ impl Vcpus {
         let mut vcpus = Self {
             control,
             threads: Vec::with_capacity(fds.len()),
+            handles: fds.iter().map(AsRawFd::as_raw_fd).collect(),
             paused: true,
         };
         for (index, fd) in (0u32..).zip(fds) {
@@ -174,8 +191,19 @@ impl Vcpus {
             vcpus.threads.push(thread);
         }
         vcpus.wait_parked();
-        vcpus.resume();
         Ok(vcpus)
+    }
+
+    /// The state of every vCPU of `vm`, in order; the guest must be paused. `msrs` are those to read.
+    ///
+    /// # Errors
+    /// When a vCPU's cannot be read.
+    pub fn save(&self, vm: &VmFd, msrs: &[u32]) -> Result<Vec<VcpuState>, StateError> {
+        if !self.paused {
+            return Err(StateError::Busy);
+        }
+        let read = |&fd: &RawFd| VcpuState::read(&mut state::second_handle(vm, fd)?, msrs);
+        self.handles.iter().map(read).collect()
     }
 
     /// Stops the guest where it is; returns when no vCPU runs.

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{ExitReason, ExitSink, read_le};
+use serde_json::{Value, json};
+
 use crate::bus::BusDevice;
 
 /// Bytes of the sleep/reset register.
@@ -73,6 +75,19 @@ impl Default for PmTimer {
 }
 
 impl BusDevice for PmTimer {
+    fn save(&self) -> Value {
+        json!(Self::counter(self.start.elapsed()))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        let ticks: u32 = serde_json::from_value(state)?;
+        let nanos = u128::from(ticks) * 1_000_000_000 / PM_TIMER_HZ;
+        let past = Duration::from_nanos(u64::try_from(nanos).unwrap_or(0));
+        // A host that has not been up for so long cannot say when it was: the timer begins anew.
+        self.start = Instant::now().checked_sub(past).unwrap_or_else(Instant::now);
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let counter = Self::counter(self.start.elapsed());
         let shift = u32::try_from(offset.saturating_mul(8)).unwrap_or(u32::MAX);

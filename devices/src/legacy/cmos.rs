@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{ExitReason, ExitSink};
+use serde_json::{Value, json};
+
 use crate::bus::BusDevice;
 
 /// Ports from 0x70.
@@ -136,6 +138,15 @@ impl Cmos {
 }
 
 impl BusDevice for Cmos {
+    fn save(&self) -> Value {
+        json!(self.index)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        self.index = serde_json::from_value(state)?;
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0xFF);
         if let Some(first) = data.first_mut() {

@@ -4,6 +4,8 @@
 use std::io;
 use std::sync::Arc;
 
+use serde_json::{Value, json};
+
 use crate::bus::BusDevice;
 use crate::platform::IrqLine;
 
@@ -48,6 +50,15 @@ impl Ged {
 }
 
 impl BusDevice for Ged {
+    fn save(&self) -> Value {
+        json!(self.pending)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        self.pending = serde_json::from_value(state)?;
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let (0, Some(first)) = (offset, data.first_mut()) {

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use serde_json::{Value, json};
+
 use super::read_le;
 use crate::bus::BusDevice;
 
@@ -72,6 +74,20 @@ impl PciHotplug {
 }
 
 impl BusDevice for PciHotplug {
+    fn save(&self) -> Value {
+        let segments: Vec<_> = self.segments.iter().map(|s| (s.up, s.down)).collect();
+        json!((self.selected, segments))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        let (selected, segments): (usize, Vec<(u32, u32)>) = serde_json::from_value(state)?;
+        self.selected = selected;
+        for (segment, (up, down)) in self.segments.iter_mut().zip(segments) {
+            *segment = Segment { up, down };
+        }
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let selected = self.segments.get_mut(self.selected);
         let value = match offset {
@@ -163,6 +179,24 @@ impl CpuHotplug {
 }
 
 impl BusDevice for CpuHotplug {
+    fn save(&self) -> Value {
+        let vcpus: Vec<_> = self.vcpus.iter().map(|v| (v.enabled, v.inserting, v.removing)).collect();
+        json!((self.selected, vcpus))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        let (selected, vcpus): (u32, Vec<(bool, bool, bool)>) = serde_json::from_value(state)?;
+        self.selected = selected;
+        for (vcpu, (enabled, inserting, removing)) in self.vcpus.iter_mut().zip(vcpus) {
+            *vcpu = Vcpu {
+                enabled,
+                inserting,
+                removing,
+            };
+        }
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let selected = self.selected;
         let value = match offset {

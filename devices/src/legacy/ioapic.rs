@@ -6,6 +6,8 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use serde_json::{Value, json};
+
 use crate::bus::BusDevice;
 use crate::platform::{IrqLine, MsiMessage};
 use crate::sync::lock;
@@ -116,6 +118,15 @@ fn message(entry: u64) -> MsiMessage {
 }
 
 impl BusDevice for IoApic {
+    fn save(&self) -> Value {
+        json!((self.id, self.index, self.table))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        (self.id, self.index, self.table) = serde_json::from_value(state)?;
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let value = match offset {
             INDEX => u32::from(self.index),

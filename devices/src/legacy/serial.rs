@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use serde_json::{Value, json};
 use vm_superio::Trigger;
 use vm_superio::serial::{Serial as Uart, SerialEvents};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -103,6 +104,39 @@ impl Serial {
 }
 
 impl BusDevice for Serial {
+    fn save(&self) -> Value {
+        let s = self.uart.state();
+        let registers = [
+            s.baud_divisor_low,
+            s.baud_divisor_high,
+            s.line_control,
+            s.modem_control,
+            s.scratch,
+            s.interrupt_enable,
+        ];
+        json!((registers, s.in_buffer))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        let (registers, input): ([u8; 6], Vec<u8>) = serde_json::from_value(state)?;
+        let [low, high, line, modem, scratch, interrupts] = registers;
+        // Written as a driver would: the divisor is behind the latch bit of the line control register.
+        for (register, value) in [
+            (3, line | 0x80),
+            (0, low),
+            (1, high),
+            (3, line & !0x80),
+            (1, interrupts),
+            (3, line),
+            (4, modem),
+            (7, scratch),
+        ] {
+            self.write(register, &[value]);
+        }
+        self.feed(&input);
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let (Ok(offset @ 0..8), Some(first)) = (u8::try_from(offset), data.first_mut()) {

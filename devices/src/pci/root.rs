@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use super::config::{BARS, ConfigSpace, Identity};
 use super::{PciFunction, config::ConfigError};
+use serde_json::{Value, json};
+
 use crate::bus::{Bus, BusDevice, SharedBusDevice};
 use crate::sync::lock;
 
@@ -407,6 +409,15 @@ impl ConfigPorts {
 }
 
 impl BusDevice for ConfigPorts {
+    fn save(&self) -> Value {
+        json!(self.address)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        self.address = serde_json::from_value(state)?;
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(byte) = offset.checked_sub(4) {
             match self.decode(byte) {

@@ -240,6 +240,14 @@ impl VirtioPci {
         matches!(self.phase, Phase::Active(_))
     }
 
+    /// Whether no driver has begun with the device: its registers are as after a reset, but for the PCI settings.
+    #[must_use]
+    pub fn is_untouched(&self) -> bool {
+        let mut control = [0; 2];
+        self.config.read(self.msix_cap + 2, &mut control);
+        matches!(self.phase, Phase::Configuring(_)) && self.status == 0 && u16::from_le_bytes(control) >> 14 == 0
+    }
+
     /// The device, for what the monitor asks of it at run time.
     pub fn device_mut(&mut self) -> &mut dyn VirtioDevice {
         self.device.as_mut()

@@ -60,9 +60,9 @@ fn unknown_paths_wrong_methods_and_bodies() {
     assert_eq!(api.get("vm.create").0, 400);
     assert_eq!(api.put("vm.boot", "{}").0, 400);
     assert_eq!(api.put("vm.create", "").0, 400);
-    let (status, body) = api.put("vm.add-disk", "{}");
+    let (status, body) = api.put("vm.coredump", "{}");
     assert_eq!(status, 501);
-    assert!(body.contains("vm.add-disk is not supported yet by podvisor"), "{body}");
+    assert!(body.contains("vm.coredump is not supported yet by podvisor"), "{body}");
 }
 
 #[test]

@@ -1,0 +1,219 @@
+//! A paused machine taken apart for a snapshot, and one put together from it. What is on disk is `snapshot`'s.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::Kvm;
+use podvisor_devices::bus::Bus;
+use podvisor_devices::pci::PciFunction;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{BootError, BootTimings, DeviceInfo, During, Machine, Subscribers};
+use crate::config::PodPlan;
+use crate::cpuid::CpuidTemplate;
+use crate::memory::GuestRam;
+use crate::telling::Telling;
+use crate::vcpu::state::VcpuState;
+use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
+
+/// Command, status and BARs: what a guest without a driver may have set of a PCI function.
+const PCI_SETTINGS: std::ops::Range<u16> = 0x04..0x28;
+
+/// The state of a machine without its memory.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    vcpus: Vec<VcpuState>,
+    /// Nanoseconds of the guest's paravirtual clock.
+    clock: u64,
+    /// By port.
+    pio: BTreeMap<u64, Value>,
+    /// By guest address.
+    mmio: BTreeMap<u64, Value>,
+    devices: Vec<DeviceState>,
+    /// Bytes of RAM.
+    pub memory: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct DeviceState {
+    id: String,
+    kind: String,
+    segment: u16,
+    slot: u8,
+    settings: Vec<u8>,
+}
+
+fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, BootError> {
+    let list = kvm.get_msr_index_list().during("KVM_GET_MSR_INDEX_LIST")?;
+    Ok(list.as_slice().to_vec())
+}
+
+fn save_bus(bus: &Bus) -> BTreeMap<u64, Value> {
+    let mut states = BTreeMap::new();
+    for (base, device) in bus.devices() {
+        let state = device.lock().unwrap_or_else(PoisonError::into_inner).save();
+        if !state.is_null() {
+            states.insert(base, state);
+        }
+    }
+    states
+}
+
+fn restore_bus(bus: &Bus, name: &str, mut states: BTreeMap<u64, Value>) -> Result<(), BootError> {
+    for (base, device) in bus.devices() {
+        if let Some(state) = states.remove(&base) {
+            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            device
+                .restore(state)
+                .during(format!("state.{name} of the device at {base:#x}"))?;
+        }
+    }
+    match states.first_key_value() {
+        None => Ok(()),
+        Some((base, _)) => Err(BootError::new(format!(
+            "state.{name} has a device at {base:#x}, and this machine has none there"
+        ))),
+    }
+}
+
+impl DeviceInfo {
+    /// What is to be kept of a device; refused when its driver has begun with it.
+    fn save(&self) -> Result<DeviceState, BootError> {
+        let function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.removing || !function.is_untouched() {
+            return Err(BootError::new(format!(
+                "device {} ({}) is in use by the guest: this version saves a pod only while no virtio device is in use",
+                self.id, self.kind
+            )));
+        }
+        let mut settings = vec![0; PCI_SETTINGS.len()];
+        function.config().read(PCI_SETTINGS.start, &mut settings);
+        Ok(DeviceState {
+            id: self.id.clone(),
+            kind: self.kind.to_owned(),
+            segment: self.bdf.segment,
+            slot: self.bdf.slot,
+            settings,
+        })
+    }
+}
+
+impl Machine {
+    /// The machine's state; it must be paused, and stays so.
+    ///
+    /// # Errors
+    /// When it is confidential, or has something that cannot be saved, by its name. Nothing has changed then.
+    pub fn save(&self) -> Result<MachineState, BootError> {
+        if self.confidential.is_some() {
+            return Err(BootError::new(
+                "the pod is confidential: its memory and registers are nobody's but its own, and there is no snapshot of it",
+            ));
+        }
+        if !self.paused() {
+            return Err(BootError::new("the pod runs: send vm.pause first"));
+        }
+        let devices = self.devices.iter().map(DeviceInfo::save).collect::<Result<_, _>>()?;
+        let vm = self.plug.hypervisor.vm();
+        let msrs = msr_indices(&super::open_kvm()?)?;
+        let vcpus = self.vcpus.save(vm, &msrs).during("vCPUs")?;
+        Ok(MachineState {
+            vcpus,
+            clock: vm.get_clock().during("KVM_GET_CLOCK")?.clock,
+            pio: save_bus(&self.chipset.buses.pio),
+            mmio: save_bus(&self.chipset.buses.mmio),
+            devices,
+            memory: self.ram.size(),
+        })
+    }
+
+    /// Its RAM.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Puts together the machine of `plan` as it was in `state`, with the memory in `memory`. It is paused.
+    ///
+    /// # Errors
+    /// When the state is not that of a machine of this plan; everything that was made is gone then.
+    pub fn restore(
+        plan: &PodPlan,
+        exit: &Arc<ExitSignal>,
+        telling: &Telling,
+        state: MachineState,
+        memory: &File,
+    ) -> Result<(Self, Subscribers), BootError> {
+        let start = Instant::now();
+        if usize::try_from(plan.vcpus) != Ok(state.vcpus.len()) || plan.memory != state.memory {
+            return Err(BootError::new(format!(
+                "config.json has {} vCPUs and {} bytes of memory, state.json {} and {}: these cannot be edited",
+                plan.vcpus,
+                plan.memory,
+                state.vcpus.len(),
+                state.memory
+            )));
+        }
+        let kvm = super::open_kvm()?;
+        let cpuid = CpuidTemplate::new(&kvm, plan.vcpus, plan.topology, plan.config.cpus.max_phys_bits)
+            .during("KVM_GET_SUPPORTED_CPUID")?;
+        let acpi = super::acpi_machine(plan, cpuid.phys_bits());
+        let ram = GuestRam::from_file(plan.memory, &plan.ram, memory).during("guest memory")?;
+        let vm = super::create_plain_vm(&kvm, &ram)?;
+        let fds = super::create_vcpus(&vm, plan.vcpus, &cpuid, telling)?;
+        let (chipset, plug, devices, subscribers) = super::add_devices(plan, &vm, &acpi, &ram, None, exit, telling)?;
+        restore_bus(&chipset.buses.pio, "pio", state.pio)?;
+        restore_bus(&chipset.buses.mmio, "mmio", state.mmio)?;
+        for (have, saved) in devices.iter().zip(&state.devices) {
+            if (&*have.id, have.kind, have.bdf.segment, have.bdf.slot)
+                != (&*saved.id, &*saved.kind, saved.segment, saved.slot)
+            {
+                return Err(BootError::new(format!(
+                    "device {} is at {}, and state.json has {} there: the devices of config.json cannot be edited",
+                    have.id, have.bdf, saved.id
+                )));
+            }
+            if let Some(root) = chipset.segments.get(usize::from(saved.segment)) {
+                root.write_config(saved.slot, 0, PCI_SETTINGS.start, &saved.settings);
+            }
+        }
+        if devices.len() != state.devices.len() {
+            return Err(BootError::new(
+                "config.json and state.json have different numbers of devices",
+            ));
+        }
+        vm.set_clock(&kvm_clock_data {
+            clock: state.clock,
+            ..Default::default()
+        })
+        .during("KVM_SET_CLOCK")?;
+        for (index, (fd, vcpu)) in fds.iter().zip(&state.vcpus).enumerate() {
+            vcpu.write(fd).during(format!("vCPU {index}"))?;
+        }
+        let context = VcpuContext {
+            io: Arc::clone(&chipset.buses) as _,
+            processor: None,
+            exit: Arc::clone(exit),
+        };
+        let vcpus = Vcpus::start_paused(fds, &context).during("starting vCPU threads")?;
+        let total = start.elapsed();
+        let timings = BootTimings {
+            build: total,
+            total,
+            ..BootTimings::default()
+        };
+        let machine = Self {
+            vcpus,
+            devices,
+            chipset,
+            plug,
+            confidential: None,
+            timings,
+            ram,
+        };
+        Ok((machine, subscribers))
+    }
+}
