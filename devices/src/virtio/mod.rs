@@ -5,6 +5,7 @@ pub mod blk;
 pub mod console;
 pub mod device;
 pub mod fs;
+pub mod mem;
 pub mod pci;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]
