@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events as Ready, MutEventSubscriber, SubscriberOps};
 use podvisor_api::events::What;
-use podvisor_api::types::VmConfig;
+use podvisor_api::types::{RestoreConfig, VmConfig};
 
 use crate::api_socket::ApiSocket;
 use crate::pod::{Events, PodError, PodSlot};
@@ -131,6 +131,15 @@ impl Monitor {
     pub fn boot(&mut self, config: VmConfig) -> Result<(), ControlError> {
         self.pod.create(config)?;
         self.pod.boot(&mut self.events)?;
+        Ok(())
+    }
+
+    /// Makes a pod from a snapshot, as vm.restore does.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn restore(&mut self, wanted: &RestoreConfig) -> Result<(), ControlError> {
+        self.pod.restore(wanted, &mut self.events)?;
         Ok(())
     }
 

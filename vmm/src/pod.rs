@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use podvisor_api::events::{Source, What};
-use podvisor_api::types::{Isolation, PciDeviceInfo, VmConfig, VmInfo, VmResize, VmState};
+use podvisor_api::types::{Isolation, PciDeviceInfo, RestoreConfig, VmConfig, VmInfo, VmResize, VmState};
 use serde_json::{Map, Value, json};
 
 use crate::config::{PlanError, PodPlan};
@@ -245,15 +245,20 @@ impl PodSlot {
         Ok(())
     }
 
-    /// Makes the pod whose snapshot is in directory `url`, paused.
+    /// Makes the pod whose snapshot `wanted` names: paused, or running if that is asked for.
     ///
     /// # Errors
     /// When there is a pod, or the snapshot cannot be restored; there is none then.
-    pub fn restore(&mut self, url: &str, events: &mut Events) -> Result<(), PodError> {
+    pub fn restore(&mut self, wanted: &RestoreConfig, events: &mut Events) -> Result<(), PodError> {
         if self.pod.is_some() {
             return Err(PodError::AlreadyCreated);
         }
-        let saved = snapshot::read(&snapshot::directory("source_url", url)?)?;
+        if wanted.prefault {
+            return Err(PodError::Unsaved(BootError::new(
+                "prefault: pages of a restored pod are read when they are touched; leave it out",
+            )));
+        }
+        let saved = snapshot::read(&snapshot::directory("source_url", &wanted.source_url)?)?;
         let plan = PodPlan::new(saved.config, self.expect_digest)?;
         if plan.isolation != Isolation::None {
             return Err(PodError::Unsaved(BootError::new(
@@ -275,7 +280,7 @@ impl PodSlot {
             running: Some(Running { machine, subscribers }),
         });
         self.telling.vm(What::Restored);
-        Ok(())
+        if wanted.resume { self.resume() } else { Ok(()) }
     }
 
     /// Presses its power button.

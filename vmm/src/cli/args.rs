@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
-use podvisor_api::types::{PayloadConfig, VmConfig};
+use podvisor_api::types::{PayloadConfig, RestoreConfig, VmConfig};
 use podvisor_api::{OptionForm, OptionsError, from_options};
 
 const EXAMPLES: &str = "\
@@ -124,6 +124,9 @@ pub(crate) struct RunArgs {
     /// IGVM image to boot.
     #[arg(long, value_name = "FILE", conflicts_with = "kernel", help_heading = "What boots")]
     pub(crate) igvm: Option<PathBuf>,
+    /// Go on with a pod that was saved: source_url=file://DIR[,resume=on]
+    #[arg(long, value_name = "OPTIONS", conflicts_with_all = ["kernel", "igvm"], help_heading = "What boots")]
+    pub(crate) restore: Option<String>,
     /// Initial RAM disk for --kernel.
     #[arg(long, value_name = "FILE", help_heading = "What boots")]
     pub(crate) initramfs: Option<PathBuf>,
@@ -246,6 +249,11 @@ impl RunArgs {
                 option: "--expect-digest",
                 reason: format!("{text:?} is not 96 hexadecimal digits"),
             })
+    }
+
+    /// The snapshot that `--restore` names.
+    pub(crate) fn restored(&self) -> Result<Option<RestoreConfig>, UsageError> {
+        self.restore.as_deref().map(|text| section("--restore", text)).transpose()
     }
 
     /// The configuration that the options describe; none without a payload.

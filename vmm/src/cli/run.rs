@@ -15,7 +15,8 @@ use crate::{isolation, logging, machine, sys};
 pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     let config = args.config().map_err(Failure::usage)?;
     let expect_digest = args.expected_digest().map_err(Failure::usage)?;
-    if config.is_none() && args.api_socket.is_none() {
+    let restored = args.restored().map_err(Failure::usage)?;
+    if config.is_none() && restored.is_none() && args.api_socket.is_none() {
         return Err(Failure::usage(
             "nothing to do: give --api-socket PATH to wait for the API, or --kernel FILE or --igvm FILE to boot; \
              --help has examples",
@@ -54,6 +55,9 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
             ControlError::Pod(crate::pod::PodError::Config(_)) => Failure::usage(e),
             e => Failure::runtime(e),
         })?;
+    }
+    if let Some(wanted) = restored {
+        monitor.restore(&wanted).map_err(Failure::runtime)?;
     }
     monitor.run().map_err(Failure::runtime)
 }
