@@ -2,6 +2,7 @@
 # Installs what building and testing podvisor needs on Debian 12, if it is missing. Sourced by the other scripts:
 #   need_build   a C compiler and a Rust toolchain
 #   need_tests   what the tests run beside that
+#   need_nested  what the nested rig runs
 set -euo pipefail
 
 say() { printf '\n== %s\n' "$*"; }
@@ -38,7 +39,19 @@ need_tests() {
     apt_need python3 python3
     apt_need qemu-img qemu-utils
     apt_need mkfs.ext4 e2fsprogs
+    apt_need file file
+    need_nested
     cargo_need cargo-nextest cargo-nextest
     cargo_need cargo-deny cargo-deny
     cargo_need cargo-fuzz cargo-fuzz
+}
+
+# What boots Linux pods in an emulated host.
+need_nested() {
+    apt_need qemu-system-x86_64 qemu-system-x86
+    apt_need cpio cpio
+    apt_need lz4 lz4
+    apt_need python3 python3
+    # The static one: its command has the same name as the other.
+    if ! file -L /bin/busybox 2>/dev/null | grep -q "statically linked"; then apt_need /none busybox-static; fi
 }

@@ -57,6 +57,7 @@ step "doc tests" cargo test --workspace --doc --locked --quiet
 step "licences, sources, duplicates (the advisory database is not reachable from here and is not checked)" \
     cargo deny --log-level error check licenses bans sources
 if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi
+step "Linux pods in an emulated host" bash resources/nested/run.sh
 if cargo +nightly --version >/dev/null 2>&1; then
     for target in $(cd fuzz && cargo +nightly fuzz list); do step "fuzz $target" fuzz "$target"; done
 else
