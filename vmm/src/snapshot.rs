@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use podvisor_api::types::VmConfig;
@@ -181,8 +181,23 @@ fn write_memory(file: &File, ram: &GuestRam) -> io::Result<()> {
     Ok(())
 }
 
+/// Opens a file for reading; a FIFO, which would hold the monitor up, is refused.
+fn open(path: &Path) -> Result<File, SnapshotError> {
+    let mut options = OpenOptions::new();
+    let file = options
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(at(path))?;
+    if file.metadata().map_err(at(path))?.is_file() {
+        Ok(file)
+    } else {
+        Err(broken(path, "it is not a regular file"))
+    }
+}
+
 fn read_json(path: &Path) -> Result<Vec<u8>, SnapshotError> {
-    let file = File::open(path).map_err(at(path))?;
+    let file = open(path)?;
     let mut bytes = Vec::new();
     file.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(at(path))?;
     if bytes.len() as u64 > MAX_JSON {
@@ -226,7 +241,7 @@ pub fn read(dir: &Path) -> Result<Snapshot, SnapshotError> {
     let path = dir.join(CONFIG);
     let config = podvisor_api::from_json(&read_json(&path)?).map_err(|e| broken(&path, e.to_string()))?;
     let path = dir.join(MEMORY);
-    let memory = File::open(&path).map_err(at(&path))?;
+    let memory = open(&path)?;
     let len = memory.metadata().map_err(at(&path))?.len();
     if len != state.memory {
         return Err(broken(&path, format!("it has {len} bytes, not {}", state.memory)));

@@ -153,6 +153,12 @@ fn a_damaged_foreign_or_newer_snapshot_is_refused_and_leaves_no_pod() {
         assert!(said.contains(word), "{said}");
         assert_eq!(second.request("GET", "vm.info", None).0, 404);
     }
+    std::fs::remove_file(&path).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    let said = refused(&second, "vm.restore", &body);
+    assert!(said.contains("not a regular file"), "{said}");
+    std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, &good).unwrap();
     let memory = std::fs::OpenOptions::new()
         .write(true)
