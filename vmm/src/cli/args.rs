@@ -253,7 +253,10 @@ impl RunArgs {
 
     /// The snapshot that `--restore` names.
     pub(crate) fn restored(&self) -> Result<Option<RestoreConfig>, UsageError> {
-        self.restore.as_deref().map(|text| section("--restore", text)).transpose()
+        self.restore
+            .as_deref()
+            .map(|text| section("--restore", text))
+            .transpose()
     }
 
     /// The configuration that the options describe; none without a payload.
