@@ -110,8 +110,16 @@ mod tests {
     #[test]
     fn names_are_cloud_hypervisors() {
         for (source, event, names) in [
-            (Source::CpuManager, What::CreateVcpu, ["\"cpu_manager\"", "\"create_vcpu\""]),
-            (Source::VirtioDevice, What::Activated, ["\"virtio-device\"", "\"activated\""]),
+            (
+                Source::CpuManager,
+                What::CreateVcpu,
+                ["\"cpu_manager\"", "\"create_vcpu\""],
+            ),
+            (
+                Source::VirtioDevice,
+                What::Activated,
+                ["\"virtio-device\"", "\"activated\""],
+            ),
             (Source::Vm, What::DeviceRemoved, ["\"vm\"", "\"device-removed\""]),
             (Source::Vmm, What::Starting, ["\"vmm\"", "\"starting\""]),
         ] {
