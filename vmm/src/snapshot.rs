@@ -25,6 +25,7 @@ const MEMORY: &str = "memory-ranges";
 const MAX_JSON: u64 = 64 << 20;
 /// A step of copying and of looking for zeros.
 const CHUNK: usize = 64 << 10;
+static ZEROS: [u8; CHUNK] = [0; CHUNK];
 
 /// Why a snapshot cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -171,7 +172,7 @@ fn write_memory(file: &File, ram: &GuestRam) -> io::Result<()> {
             let n = usize::try_from(len - done).unwrap_or(CHUNK).min(CHUNK);
             let part = chunk.get_mut(..n).unwrap_or_default();
             ram.read(gpa + done, part)?;
-            if part.iter().any(|byte| *byte != 0) {
+            if ZEROS.get(..n) != Some(&*part) {
                 file.write_all_at(part, offset + done)?;
             }
             done += n as u64;
