@@ -3,7 +3,10 @@
 
 #![cfg_attr(
     test,
-    expect(clippy::cast_possible_truncation, reason = "tests cut values on purpose; the plain build still checks")
+    expect(
+        clippy::cast_possible_truncation,
+        reason = "tests cut values on purpose; the plain build still checks"
+    )
 )]
 
 pub mod bus;
