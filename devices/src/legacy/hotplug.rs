@@ -180,7 +180,11 @@ impl CpuHotplug {
 
 impl BusDevice for CpuHotplug {
     fn save(&self) -> Value {
-        let vcpus: Vec<_> = self.vcpus.iter().map(|v| (v.enabled, v.inserting, v.removing)).collect();
+        let vcpus: Vec<_> = self
+            .vcpus
+            .iter()
+            .map(|v| (v.enabled, v.inserting, v.removing))
+            .collect();
         json!((self.selected, vcpus))
     }
 
