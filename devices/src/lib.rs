@@ -16,5 +16,6 @@ pub mod memory;
 pub mod mock;
 pub mod pci;
 pub mod platform;
+pub mod rate_limiter;
 mod sync;
 pub mod virtio;

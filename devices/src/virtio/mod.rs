@@ -6,6 +6,7 @@ pub mod console;
 pub mod device;
 pub mod fs;
 pub mod mem;
+pub mod net;
 pub mod pci;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]

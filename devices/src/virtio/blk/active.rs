@@ -6,10 +6,11 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Shared;
-use super::request::{Operation, Parser, Rejection};
+use super::request::{Operation, Parser, Rejection, Request};
 use super::ring::{Engine, IoVec};
 use super::task::{Mode, Next, Status, Task, write_status};
 use crate::memory::PodMemory;
+use crate::rate_limiter::Throttle;
 use crate::virtio::device::{Activation, ActiveQueue, DeviceError};
 
 /// The most jobs that the host works on at once.
@@ -126,7 +127,11 @@ impl Active {
                 Some(state) => state.queue.pop(&memory)?,
                 None => None,
             } {
-                self.accept(shared, index, chain)?;
+                if !self.accept(shared, index, chain)? {
+                    // The rate limiter's timer comes back to it.
+                    self.state(index).into_iter().for_each(|state| state.queue.undo_pop());
+                    return Ok(());
+                }
                 budget = budget.saturating_sub(1);
                 if budget == 0 || self.engine.in_flight() >= self.depth {
                     return Ok(());
@@ -142,13 +147,13 @@ impl Active {
         Ok(())
     }
 
-    /// Parses one chain and starts it, or answers it at once.
+    /// Parses one chain and starts it, or answers it at once. False: the rate limiter lets it wait.
     fn accept(
         &mut self,
         shared: &mut Shared,
         index: usize,
         chain: DescriptorChain<Arc<PodMemory>>,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<bool, DeviceError> {
         let head = chain.head_index();
         let request = match self.parser.parse(chain, &self.memory, &shared.limits) {
             Ok(request) => request,
@@ -162,9 +167,12 @@ impl Active {
                     Rejection::IoError(status) => Some((status, Status::IoError)),
                     Rejection::Unsupported(status) => Some((status, Status::Unsupported)),
                 };
-                return self.give_back(index, head, answer, 0);
+                return self.give_back(index, head, answer, 0).map(|()| true);
             }
         };
+        if !admit(shared, &request)? {
+            return Ok(false);
+        }
         let mode = Mode {
             durable: !shared.options.readonly && !shared.config.writeback(self.features),
             sparse: shared.limits.discard,
@@ -176,14 +184,14 @@ impl Active {
             Some(Next::Step(job)) => {
                 self.bounced = self.bounced.saturating_add(job.tag.bounced);
                 self.engine.submit(job);
-                Ok(())
             }
-            Some(Next::Done(task, status, iovecs)) => self.finish(shared, &task, status, iovecs),
+            Some(Next::Done(task, status, iovecs)) => self.finish(shared, &task, status, iovecs)?,
             None => {
                 shared.counters.failed();
-                self.give_back(index, head, Some((request.status, Status::IoError)), 0)
+                self.give_back(index, head, Some((request.status, Status::IoError)), 0)?;
             }
         }
+        Ok(true)
     }
 
     /// Answers a request that is done.
@@ -278,7 +286,8 @@ impl Active {
 
     /// One interrupt for each queue that got something back; another turn if there is `more` to do.
     fn notify(&mut self, shared: &Shared, mut more: bool) -> Result<(), DeviceError> {
-        let room = self.engine.in_flight() < self.depth;
+        let limited = shared.throttle.as_ref().is_some_and(Throttle::is_waiting);
+        let room = self.engine.in_flight() < self.depth && !limited;
         for state in self.queues.iter_mut().flatten() {
             if std::mem::take(&mut state.used) {
                 state.queue.signal(&self.memory)?;
@@ -291,4 +300,19 @@ impl Active {
         }
         Ok(())
     }
+}
+
+/// Whether the rate limiter lets `request` pass now.
+fn admit(shared: &mut Shared, request: &Request) -> Result<bool, DeviceError> {
+    let Some(throttle) = &mut shared.throttle else {
+        return Ok(true);
+    };
+    let bytes = match request.operation {
+        Operation::In { len, .. } | Operation::Out { len, .. } => len,
+        Operation::Flush | Operation::GetId | Operation::Discard | Operation::WriteZeroes => 0,
+    };
+    throttle.admit(bytes, 1).map_err(|source| DeviceError::Host {
+        what: "setting the rate limiter's timer",
+        source,
+    })
 }

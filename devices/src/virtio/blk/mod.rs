@@ -30,6 +30,7 @@ use self::file::DiskFile;
 use self::request::{Limits, Operation, Request};
 use self::task::Status;
 use super::device::{Activation, DeviceError, VirtioDevice};
+use crate::rate_limiter::{RateLimiter, Throttle};
 
 /// Length of the serial in bytes (virtio 1.2 5.2.6.1).
 const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
@@ -37,6 +38,9 @@ const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// The most queues that can be asked for: one a vCPU is of use.
 const MAX_QUEUES: u16 = 256;
+
+/// The timer's place in [`VirtioDevice::event_fds`].
+const TIMER: usize = 1;
 
 /// How a disk is to be opened.
 #[derive(Clone, Debug)]
@@ -57,6 +61,8 @@ pub struct BlkOptions {
     pub disable_io_uring: bool,
     /// Discarded space is given back to the host.
     pub sparse: bool,
+    /// Limits requests, and the bytes that they read or write.
+    pub limiter: Option<Arc<RateLimiter>>,
 }
 
 impl BlkOptions {
@@ -72,6 +78,7 @@ impl BlkOptions {
             queue_size: 128,
             disable_io_uring: false,
             sparse: true,
+            limiter: None,
         }
     }
 
@@ -132,6 +139,7 @@ struct Shared {
     limits: Limits,
     /// Readable when the host finished something, or when there is more to do.
     event: EventFd,
+    throttle: Option<Throttle>,
     counters: Counters,
 }
 
@@ -150,11 +158,17 @@ impl Blk {
                 disk.size % request::SECTOR_SIZE
             );
         }
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(|source| BlkError::Host {
-            path: options.path.clone(),
-            what: "making its eventfd",
-            source,
-        })?;
+        let path = options.path.clone();
+        let host = |what| {
+            let path = path.clone();
+            move |source| BlkError::Host { path, what, source }
+        };
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("making its eventfd"))?;
+        let throttle = options
+            .limiter
+            .as_ref()
+            .map(|limiter| Throttle::new(Arc::clone(limiter)));
+        let throttle = throttle.transpose().map_err(host("making its timer"))?;
         let mut serial = [0; SERIAL_LEN];
         let told = options.serial.as_deref().unwrap_or(&disk.identity);
         for (place, byte) in serial.iter_mut().zip(told.bytes()) {
@@ -171,6 +185,7 @@ impl Blk {
                 config,
                 limits,
                 event,
+                throttle,
                 counters: Counters::default(),
             },
         })
@@ -270,12 +285,16 @@ impl VirtioDevice for Blk {
     }
 
     fn event_fds(&self) -> Vec<RawFd> {
-        vec![self.shared.event.as_raw_fd()]
+        let timer = self.shared.throttle.as_ref().map(Throttle::fd);
+        std::iter::once(self.shared.event.as_raw_fd()).chain(timer).collect()
     }
 
-    fn on_event(&mut self, _index: usize) -> Result<(), DeviceError> {
-        // An error: it is not readable, another turn took it.
-        let _ = self.shared.event.read();
+    fn on_event(&mut self, index: usize) -> Result<(), DeviceError> {
+        match &mut self.shared.throttle {
+            Some(throttle) if index == TIMER => throttle.on_timer(),
+            // An error: it is not readable, another turn took it.
+            _ => drop(self.shared.event.read()),
+        }
         match &mut self.active {
             Some(active) => active.on_event(&mut self.shared),
             None => Ok(()),
@@ -285,6 +304,7 @@ impl VirtioDevice for Blk {
     fn reset(&mut self) {
         self.active = None;
         self.shared.config.reset();
+        self.shared.throttle.iter_mut().for_each(Throttle::reset);
         let _ = self.shared.event.read();
     }
 
@@ -312,6 +332,9 @@ impl VirtioDevice for Blk {
             libc::SYS_pwritev2,
             libc::SYS_fdatasync,
             libc::SYS_fallocate,
+            libc::SYS_timerfd_settime,
+            libc::SYS_timerfd_gettime,
+            libc::SYS_read,
             libc::SYS_mmap,
             libc::SYS_munmap,
         ]

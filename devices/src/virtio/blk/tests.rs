@@ -656,3 +656,54 @@ fn what_is_no_disk_is_refused_by_name() {
         assert!(text.contains(expected), "{text}");
     }
 }
+
+#[test]
+fn limited_disks_share_their_limit_and_do_all_their_requests() {
+    on_both(|change| {
+        let one = crate::rate_limiter::TokenBucketConfig {
+            size: 1,
+            one_time_burst: 0,
+            refill_time: 1,
+        };
+        let limiter = RateLimiter::new(None, Some(one)).unwrap();
+        let file = image();
+        let limited = |options: &mut BlkOptions| {
+            change(options);
+            options.readonly = true;
+            options.limiter = Some(Arc::clone(&limiter));
+        };
+        let mut disks = [open(file.path(), limited), open(file.path(), limited)];
+        for h in &mut disks {
+            for sector in 0..8 {
+                h.push(
+                    0,
+                    &[
+                        Buf::Read(&header(VIRTIO_BLK_T_IN, sector)),
+                        Buf::Write(512),
+                        Buf::Write(1),
+                    ],
+                );
+            }
+            h.kick(0).unwrap();
+        }
+        let mut done = [Vec::new(), Vec::new()];
+        while done.iter().any(|done| done.len() < 8) {
+            for (h, done) in disks.iter_mut().zip(&mut done) {
+                if done.len() < 8 {
+                    assert!(h.poll_events(60_000).unwrap(), "the timer wakes the loop");
+                }
+                done.extend(h.completed(0).into_iter().map(|one| one.data));
+            }
+        }
+        let mut expected: Vec<Vec<u8>> = content(0, 8 * 512).chunks(512).map(|s| [s, &[0]].concat()).collect();
+        expected.sort();
+        for mut done in done {
+            done.sort();
+            assert!(done == expected);
+        }
+        // At rest: neither timer nor event.
+        for h in &mut disks {
+            while h.poll_events(0).unwrap() {}
+        }
+    });
+}
