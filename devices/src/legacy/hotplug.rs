@@ -19,7 +19,7 @@ pub const CPU_HOTPLUG_SIZE: u64 = 12;
 pub trait HotplugSink: Send + Sync {
     /// The guest lets go of `slot` of `segment`.
     fn eject_slot(&self, segment: u16, slot: u8);
-    /// The guest lets go of vCPU `index`.
+    /// The guest lets go of vCPU `index`, which it was asked for.
     fn eject_vcpu(&self, index: u32);
     /// The guest lets go of the memory `[start, start + len)`, which it was asked for: it is in no slot any more.
     fn eject_memory(&self, _start: u64, _len: u64) {}
@@ -116,7 +116,7 @@ impl BusDevice for PciHotplug {
             }
             12 => match usize::try_from(value) {
                 Ok(index) if index < self.segments.len() => self.selected = index,
-                _ => tracing::warn!(segment = value, "the guest selects a PCI segment that is not there"),
+                _ => tracing::debug!(segment = value, "the guest selects a PCI segment that is not there"),
             },
             _ => {}
         }
@@ -128,6 +128,8 @@ struct Vcpu {
     enabled: bool,
     inserting: bool,
     removing: bool,
+    /// The guest was asked to let go of it, so it may eject it.
+    may_eject: bool,
 }
 
 const CPU_ENABLED: u8 = 1;
@@ -161,18 +163,23 @@ impl CpuHotplug {
         self.vcpus.get_mut(usize::try_from(index).ok()?)
     }
 
-    /// vCPU `index` now runs; false if there is none. Raise [`super::GedEvent::Cpu`] after it.
+    /// vCPU `index` now runs, or need not go after all; false if there is none. Raise [`super::GedEvent::Cpu`] after it.
     pub fn plugged(&mut self, index: u32) -> bool {
         self.vcpu(index).is_some_and(|v| {
-            (v.enabled, v.inserting) = (true, true);
+            *v = Vcpu {
+                enabled: true,
+                inserting: true,
+                ..Vcpu::default()
+            };
             true
         })
     }
 
-    /// vCPU `index` should go; false if it does not run. Raise [`super::GedEvent::Cpu`] after it.
+    /// vCPU `index` should go; false if it does not run. Raise [`super::GedEvent::Cpu`] after it;
+    /// [`HotplugSink::eject_vcpu`] follows when the guest lets go, and only then.
     pub fn unplug(&mut self, index: u32) -> bool {
         self.vcpu(index).filter(|v| v.enabled).is_some_and(|v| {
-            v.removing = true;
+            (v.removing, v.may_eject) = (true, true);
             true
         })
     }
@@ -183,19 +190,20 @@ impl BusDevice for CpuHotplug {
         let vcpus: Vec<_> = self
             .vcpus
             .iter()
-            .map(|v| (v.enabled, v.inserting, v.removing))
+            .map(|v| (v.enabled, v.inserting, v.removing, v.may_eject))
             .collect();
         json!((self.selected, vcpus))
     }
 
     fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
-        let (selected, vcpus): (u32, Vec<(bool, bool, bool)>) = serde_json::from_value(state)?;
+        let (selected, vcpus): (u32, Vec<(bool, bool, bool, bool)>) = serde_json::from_value(state)?;
         self.selected = selected;
-        for (vcpu, (enabled, inserting, removing)) in self.vcpus.iter_mut().zip(vcpus) {
+        for (vcpu, (enabled, inserting, removing, may_eject)) in self.vcpus.iter_mut().zip(vcpus) {
             *vcpu = Vcpu {
                 enabled,
                 inserting,
                 removing,
+                may_eject,
             };
         }
         Ok(())
@@ -230,7 +238,7 @@ impl BusDevice for CpuHotplug {
                 if flags & CPU_REMOVING != 0 {
                     vcpu.removing = false;
                 }
-                if flags & CPU_EJECT != 0 && vcpu.enabled {
+                if flags & CPU_EJECT != 0 && vcpu.may_eject {
                     *vcpu = Vcpu::default();
                     self.sink.eject_vcpu(index);
                 }

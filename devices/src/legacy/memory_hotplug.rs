@@ -6,6 +6,9 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
 use super::HotplugSink;
 use super::read_le;
 use crate::bus::BusDevice;
@@ -72,7 +75,7 @@ pub struct PluggedMemory {
     pub removing: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Slot {
     start: u64,
     len: u64,
@@ -165,6 +168,19 @@ impl MemoryHotplug {
 }
 
 impl BusDevice for MemoryHotplug {
+    fn save(&self) -> Value {
+        json!((self.selected, &self.slots))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), serde_json::Error> {
+        let (selected, slots): (u32, Vec<Option<Slot>>) = serde_json::from_value(state)?;
+        self.selected = selected;
+        for (slot, saved) in self.slots.iter_mut().zip(slots) {
+            *slot = saved;
+        }
+        Ok(())
+    }
+
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let slot = self.selected().and_then(|slot| slot.as_ref());
         let half = |value: u64, high: bool| {
@@ -199,7 +215,7 @@ impl BusDevice for MemoryHotplug {
                         *place = None;
                         self.sink.eject_memory(start, len);
                     } else {
-                        tracing::warn!(start, len, "the guest ejects memory that it was not asked for");
+                        tracing::debug!(start, len, "the guest ejects memory that it was not asked for");
                     }
                 }
             }

@@ -137,6 +137,11 @@ fn vcpus_are_scanned_inserted_and_ejected_as_the_acpi_methods_do() {
     assert_eq!((read32(&mut c, 0), status(&mut c)), (2, 0b11));
     c.write(4, &[0b10]);
     assert_eq!(status(&mut c), 1);
+    c.write(4, &[0b1000]);
+    assert_eq!(status(&mut c), 1, "an ejection that nobody asked for");
+    assert!(c.unplug(2) && c.plugged(2));
+    c.write(4, &[0b1010]);
+    assert_eq!(status(&mut c), 1, "nor one that is not asked for any more");
     assert!(c.unplug(2));
     assert_eq!(status(&mut c), 0b101);
     c.write(4, &[0b100]);
@@ -190,6 +195,33 @@ fn memory_is_scanned_inserted_and_ejected_as_the_acpi_methods_do() {
     assert_eq!(memory_slot(&mut h, 1), (0, 0, 0));
     assert_eq!(*lock(&ejected.0), [(9 << 10, 128)], "ejected once");
     assert_eq!(h.add(9 * GIB, 128 << 20), Ok(1), "the slot is free again");
+}
+
+#[test]
+fn hotplug_controllers_go_on_from_a_snapshot() {
+    let sink = || Arc::new(Ejected::default());
+    let ejected = sink();
+    let mut h = MemoryHotplug::new(8, sink());
+    h.add(4 * GIB, GIB).unwrap();
+    h.add(6 * GIB, GIB).unwrap();
+    h.unplug(1).unwrap();
+    h.write(0, &1u32.to_le_bytes());
+    h.write(20, &[0b110]);
+    let mut again = MemoryHotplug::new(8, ejected.clone());
+    again.restore(h.save()).unwrap();
+    assert_eq!(again.save(), h.save());
+    assert_eq!(again.plugged().collect::<Vec<_>>(), h.plugged().collect::<Vec<_>>());
+    // The selected slot is restored too: it is the one that goes.
+    again.write(20, &[0b1000]);
+    assert_eq!(memory_slot(&mut again, 0), (4 * GIB, GIB, 0b11));
+    let mut c = CpuHotplug::new(2, 4, sink());
+    assert!(c.plugged(3) && c.unplug(1));
+    c.write(0, &1u32.to_le_bytes());
+    let mut again = CpuHotplug::new(1, 4, ejected.clone());
+    again.restore(c.save()).unwrap();
+    again.write(4, &[0b1000]);
+    assert_eq!(*lock(&ejected.0), [(6 << 10, 1024), (0xFFFF, 1)]);
+    assert!(again.restore(serde_json::json!("no state")).is_err() && h.restore(serde_json::json!([0])).is_err());
 }
 
 #[test]
