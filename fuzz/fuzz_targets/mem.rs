@@ -32,7 +32,11 @@ impl Host {
     /// Every third call fails.
     fn fails(calls: &mut u8) -> io::Result<()> {
         *calls = calls.wrapping_add(1);
-        if calls.is_multiple_of(3) { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
+        if calls.is_multiple_of(3) {
+            Err(io::ErrorKind::OutOfMemory.into())
+        } else {
+            Ok(())
+        }
     }
 }
 
