@@ -1,6 +1,7 @@
 //! Virtio (OASIS virtio 1.2): what a device is, the queues it gets, and the transport it sits on.
 //! A device is one file here and one registration line in the monitor.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;
@@ -12,3 +13,4 @@ pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod vsock;
+pub mod watchdog;
