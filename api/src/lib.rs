@@ -7,6 +7,8 @@ pub mod events;
 pub mod http;
 mod json;
 mod node;
+#[cfg(feature = "openapi")]
+pub mod openapi;
 pub mod options;
 pub mod types;
 mod validate;

@@ -203,6 +203,8 @@ impl<'de> Deserializer<'de> for Node {
                 }
                 Node::Options(map).deserialize_any(visitor)
             }
+            // serde would take the items of a list for the fields in their order.
+            list @ Node::List(_) => Err(de::Error::invalid_type(list.unexpected(), &"an object")),
             other => other.deserialize_any(visitor),
         }
     }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 /// Where a console's bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum ConsoleMode {
     /// The device does not exist.
     Off,
@@ -38,6 +39,7 @@ fn rewrite_mode(options: &mut OptionMap) {
 
 /// The virtio console (`--console off|null|tty|pty|file=/p|socket=/p`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct ConsoleConfig {
     /// Where it goes.
     pub mode: ConsoleMode,
@@ -80,6 +82,7 @@ impl OptionForm for ConsoleConfig {
 
 /// The 16550 serial port (`--serial off|null|tty|pty|file=/p|socket=/p`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct SerialConfig {
     /// Where it goes.
     pub mode: ConsoleMode,
@@ -114,6 +117,7 @@ impl OptionForm for SerialConfig {
 
 /// The debug port, one byte a write (`--debug-console file=/p,iobase=0xe9`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct DebugConsoleConfig {
     /// Where it goes.

@@ -7,11 +7,13 @@ use std::collections::BTreeMap;
 
 /// The vCPUs (`--cpus boot=1,max=4,topology=1:4:1:1`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema), schemars(!from, default))]
 #[serde(from = "CpusWire")]
 pub struct CpusConfig {
     /// vCPUs present at boot.
     pub boot_vcpus: u32,
     /// vCPUs that can ever be present; as many as `boot_vcpus` where not given.
+    #[cfg_attr(feature = "openapi", schemars(extend("default" = null)))]
     pub max_vcpus: u32,
     /// How the vCPUs are told to be arranged.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -162,6 +164,7 @@ pub(super) fn affinity(text: &str, index_name: &str) -> Result<Vec<Node>, FieldE
 
 /// Arrangement of the vCPUs; the product of the four is `max_vcpus`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct CpuTopology {
     /// Threads of one core.
     pub threads_per_core: u16,
@@ -175,6 +178,7 @@ pub struct CpuTopology {
 
 /// Host CPUs of one vCPU's thread.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct CpuAffinity {
     /// Index of the vCPU.
     pub vcpu: u32,
@@ -184,6 +188,7 @@ pub struct CpuAffinity {
 
 /// Features off unless asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct CpuFeatures {
     /// Advanced Matrix Extensions.
@@ -192,6 +197,7 @@ pub struct CpuFeatures {
 
 /// Which vCPU threads may share a core (core scheduling cookies).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum CoreScheduling {
     /// Threads of the same VM only.
     #[default]
@@ -204,6 +210,7 @@ pub enum CoreScheduling {
 
 /// The processor model shown to the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum CpuProfile {
     /// The host's, as KVM supports it.
     #[default]

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 /// The format of a disk image.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum ImageType {
     /// Found out by looking.
     #[default]
@@ -24,6 +25,7 @@ pub enum ImageType {
 
 /// What the advisory lock on an image covers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum LockGranularity {
     /// The bytes of the image.
     #[default]
@@ -34,6 +36,7 @@ pub enum LockGranularity {
 
 /// Host CPUs of the thread that serves one queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VirtQueueAffinity {
     /// Index of the queue.
     pub queue_index: u16,
@@ -43,6 +46,7 @@ pub struct VirtQueueAffinity {
 
 /// A token bucket: `size` tokens, refilled within `refill_time`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct TokenBucket {
     /// Tokens (bytes or operations) that the bucket holds.
     pub size: u64,
@@ -55,6 +59,7 @@ pub struct TokenBucket {
 
 /// Limits of bytes and operations.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct RateLimiterConfig {
     /// Bytes.
@@ -67,6 +72,7 @@ pub struct RateLimiterConfig {
 
 /// A virtio-blk disk (`--disk path=/x.img,readonly=on`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct DiskConfig {
     /// Name of the device; the monitor gives one where absent.

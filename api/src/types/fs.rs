@@ -15,6 +15,7 @@ fn default_queue_size() -> u16 {
 /// A virtio-fs device (`--fs tag=T,socket=/x` with a virtiofsd behind it, `--fs tag=T,shared_dir=/d,readonly` served by
 /// podvisor itself).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct FsConfig {
     /// Name of the device; the monitor gives one where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

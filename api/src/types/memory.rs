@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 /// How memory is added to a running VM.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum HotplugMethod {
     /// ACPI memory devices.
     #[default]
@@ -16,6 +17,7 @@ pub enum HotplugMethod {
 
 /// The guest's memory (`--memory size=512M,shared=on`). Sizes are bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema), schemars(!from, default))]
 #[serde(from = "MemoryWire")]
 pub struct MemoryConfig {
     /// Size at boot; 0 where zones hold all of it.
@@ -123,6 +125,7 @@ impl From<MemoryWire> for MemoryConfig {
 
 /// A part of the memory with properties of its own (`--memory-zone id=mem0,size=1G,file=/x`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct MemoryZoneConfig {
     /// Name, unique among the zones.
     pub id: String,

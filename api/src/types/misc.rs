@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 /// The entropy device (`--rng src=/dev/urandom`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct RngConfig {
     /// Name of the device; the monitor gives one where absent.
@@ -35,6 +36,7 @@ impl OptionForm for RngConfig {}
 
 /// The balloon (`--balloon size=0,free_page_reporting=on`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct BalloonConfig {
     /// Name of the device; the monitor gives one where absent.
@@ -54,6 +56,7 @@ impl OptionForm for BalloonConfig {}
 
 /// Persistent memory (`--pmem file=/x,size=1G`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct PmemConfig {
     /// Name of the device; the monitor gives one where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -78,6 +81,7 @@ impl OptionForm for PmemConfig {}
 
 /// The socket device (`--vsock cid=3,socket=/x`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VsockConfig {
     /// Name of the device; the monitor gives one where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -98,6 +102,7 @@ impl OptionForm for VsockConfig {}
 
 /// A device of the host given to the guest over VFIO (`--device path=/sys/bus/pci/devices/…`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct DeviceConfig {
     /// Name of the device; the monitor gives one where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

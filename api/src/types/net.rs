@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 /// Which side of a vhost-user connection podvisor is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum VhostMode {
     /// It connects.
     #[default]
@@ -19,6 +20,7 @@ pub enum VhostMode {
 /// A virtio-net device. Descriptors of its tap queues come beside the request; the numbers a client writes into `fds`
 /// are its own and mean nothing here, so they are not kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct NetConfig {
     /// Name of the device; the monitor gives one where absent.

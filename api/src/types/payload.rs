@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 /// Kernel, firmware or image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct PayloadConfig {
     /// Firmware image.

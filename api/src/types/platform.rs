@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// How the guest is protected from the host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Isolation {
     /// Not at all: an ordinary VM.
@@ -18,6 +19,7 @@ pub enum Isolation {
 
 /// The platform (`--platform num_pci_segments=2,sev_snp=on`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct PlatformConfig {
     /// PCI segments.

@@ -17,6 +17,20 @@ impl fmt::Display for Quantity {
     }
 }
 
+#[cfg(feature = "openapi")]
+impl schemars::JsonSchema for Quantity {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Quantity".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "description": "A Kubernetes resource quantity, such as `512Mi`, `1500m` or 2.",
+            "type": ["string", "number"],
+        })
+    }
+}
+
 impl<'de> Deserialize<'de> for Quantity {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct AsText;
@@ -49,6 +63,7 @@ impl<'de> Deserialize<'de> for Quantity {
 
 /// The pod (`--pod handler=kata-cc,memory_limit=512Mi,cpu_limit=1500m`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema), schemars(!try_from))]
 #[serde(try_from = "PodWire")]
 pub struct PodConfig {
     /// The runtime handler whose rules apply: `kata-cc` or `kata`.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// `vmm.ping`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct VmmPingResponse {
     /// What was built, exactly.
@@ -19,6 +20,7 @@ pub struct VmmPingResponse {
 
 /// Where a device was put: response of the `vm.add-…` requests on a running VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct PciDeviceInfo {
     /// Name of the device.
     pub id: String,
@@ -28,6 +30,7 @@ pub struct PciDeviceInfo {
 
 /// `vm.resize`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct VmResize {
     /// vCPUs wanted.
@@ -43,6 +46,7 @@ pub struct VmResize {
 
 /// `vm.resize-disk`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VmResizeDisk {
     /// Name of the disk.
     pub id: String,
@@ -52,6 +56,7 @@ pub struct VmResizeDisk {
 
 /// `vm.resize-zone`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VmResizeZone {
     /// Name of the zone.
     pub id: String,
@@ -61,6 +66,7 @@ pub struct VmResizeZone {
 
 /// `vm.remove-device`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VmRemoveDevice {
     /// Name of the device.
     pub id: String,
@@ -68,6 +74,7 @@ pub struct VmRemoveDevice {
 
 /// `vm.snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VmSnapshotConfig {
     /// `file://` and a directory.
     pub destination_url: String,
@@ -75,6 +82,7 @@ pub struct VmSnapshotConfig {
 
 /// `vm.restore`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct RestoreConfig {
     /// `file://` and a directory.
     pub source_url: String,

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 /// Configuration of a VM: body of `vm.create`, `config` of `vm.info`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 #[serde(default)]
 pub struct VmConfig {
     /// vCPUs.
@@ -118,6 +119,7 @@ impl VmConfig {
 
 /// State of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub enum VmState {
     /// Configured, not booted.
     Created,
@@ -131,6 +133,7 @@ pub enum VmState {
 
 /// Response of `vm.info`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
 pub struct VmInfo {
     /// The configuration, as it stands now.
     pub config: VmConfig,
