@@ -3,6 +3,7 @@
 
 pub mod acpi_pm;
 pub mod cmos;
+pub mod debug_console;
 pub mod debug_port;
 pub mod ged;
 pub mod hotplug;
@@ -10,10 +11,12 @@ pub mod i8042;
 pub mod ioapic;
 pub mod memory_hotplug;
 pub mod output;
+pub mod pvpanic;
 pub mod serial;
 
 pub use acpi_pm::{AcpiPower, PmTimer};
 pub use cmos::Cmos;
+pub use debug_console::DebugConsole;
 pub use debug_port::DebugPort;
 pub use ged::{Ged, GedEvent};
 pub use hotplug::{CpuHotplug, HotplugSink, PciHotplug};
@@ -21,6 +24,7 @@ pub use i8042::I8042;
 pub use ioapic::IoApic;
 pub use memory_hotplug::{MemoryHotplug, MemoryHotplugError, PluggedMemory};
 pub use output::Output;
+pub use pvpanic::{GuestPanic, PanicSink, PvPanic};
 pub use serial::{Serial, SerialSubscriber};
 
 /// How the guest asks to end.

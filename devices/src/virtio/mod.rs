@@ -9,6 +9,7 @@ pub mod fs;
 pub mod mem;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;

@@ -9,6 +9,7 @@
 mod active;
 mod config;
 mod file;
+pub(in crate::virtio) mod flusher;
 mod request;
 mod ring;
 mod task;
