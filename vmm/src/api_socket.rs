@@ -33,13 +33,22 @@ impl ApiSocket {
 
     /// Answers the requests that have arrived.
     pub fn serve(&mut self, pod: &mut PodSlot, events: &mut Events, shutdown: &mut bool) {
-        for incoming in self.0.poll() {
+        for mut incoming in self.0.poll() {
+            let files = std::mem::take(&mut incoming.request.files);
             let call = Call {
                 method: &incoming.request.method,
                 path: &incoming.request.path,
                 body: &incoming.request.body,
             };
-            let reply = answer(&mut State { pod, events, shutdown }, &call);
+            let reply = answer(
+                &mut State {
+                    pod,
+                    events,
+                    shutdown,
+                    files,
+                },
+                &call,
+            );
             let response = Response::new(reply.status, reply.body.unwrap_or_default());
             self.0.respond(incoming.connection, &response);
         }

@@ -1,7 +1,10 @@
 //! From a configuration to a [`PodPlan`]: the checks that need more than one section, the pod's sizing rules, and
 //! what this host can do. The wire types and their own rules are `podvisor_api`'s; nothing is opened or allocated here.
 
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 use podvisor_api::types::{Isolation, PodConfig, VmConfig};
@@ -50,6 +53,8 @@ pub struct PodPlan {
     pub host_data: [u8; 32],
     /// The launch digest that must come out.
     pub expect_digest: Option<[u8; 48]>,
+    /// Descriptors that came with requests, by the name of the device they are for; a reboot uses them again.
+    pub descriptors: Descriptors,
 }
 
 /// Why a configuration is refused. Names the field, the value and the remedy.
@@ -83,6 +88,9 @@ fn field(field: impl Into<String>, reason: impl Into<String>) -> PlanError {
         reason: reason.into(),
     }
 }
+
+/// Descriptors by the name of the device that they are for.
+pub type Descriptors = BTreeMap<String, Arc<Vec<OwnedFd>>>;
 
 impl PodPlan {
     /// Checks `config` as a whole. `expect_digest` is what the command line promises of the launch.
@@ -139,6 +147,7 @@ impl PodPlan {
             boot: boot(&config)?,
             host_data,
             expect_digest,
+            descriptors: Descriptors::new(),
             config,
         })
     }
@@ -156,7 +165,6 @@ fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
     let some = |list: &Option<Vec<serde_json::Value>>| list.as_ref().is_some_and(|l| !l.is_empty());
     let platform = config.platform.clone().unwrap_or_default();
     let asked = [
-        ("net", !config.net().is_empty()),
         ("pmem", !config.pmem().is_empty()),
         ("devices", !config.devices().is_empty()),
         ("user_devices", some(&config.user_devices)),

@@ -2,6 +2,9 @@
 
 mod snapshot;
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use podvisor_api::types::{VmConfig, VmRemoveDevice, VmmPingResponse};
 use podvisor_api::{JsonError, from_json};
 
@@ -36,6 +39,8 @@ pub struct State<'s> {
     pub events: &'s mut Events,
     /// Set when the monitor is to end.
     pub shutdown: &'s mut bool,
+    /// Descriptors that came with the request; closed if the handler does not take them.
+    pub files: Vec<OwnedFd>,
 }
 
 /// Why a request is refused, before it becomes a [`Reply`].
@@ -144,6 +149,12 @@ const ENDPOINTS: &[Endpoint] = &[
         "The disk could not be added to the VM",
         add_disk,
     ),
+    put(
+        "vm.add-net",
+        Body::Needed,
+        "The network device could not be added to the VM",
+        add_net,
+    ),
     put("vm.add-fs", Body::Needed, "The fs could not be added to the VM", add_fs),
     put(
         "vm.add-vsock",
@@ -164,7 +175,6 @@ const ENDPOINTS: &[Endpoint] = &[
 const LATER: &[&str] = &[
     "vm.add-device",
     "vm.add-generic-vhost-user",
-    "vm.add-net",
     "vm.add-pmem",
     "vm.add-user-device",
     "vm.add-vdpa",
@@ -291,6 +301,12 @@ fn add(state: &mut State<'_>, addition: &Addition) -> Outcome {
 
 fn add_disk(state: &mut State<'_>, body: &[u8]) -> Outcome {
     add(state, &Addition::Disk(parse(body)?))
+}
+
+fn add_net(state: &mut State<'_>, body: &[u8]) -> Outcome {
+    let config = parse(body)?;
+    let files = std::mem::take(&mut state.files);
+    add(state, &Addition::Net(config, Arc::new(files)))
 }
 
 fn add_fs(state: &mut State<'_>, body: &[u8]) -> Outcome {

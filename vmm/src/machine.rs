@@ -464,7 +464,7 @@ fn add_devices(
     let mut subscribers: Subscribers = Vec::new();
     subscribers.extend(chipset.subscribers().into_iter().map(|s| (String::new(), s)));
     let mut devices = Vec::new();
-    for wanted in registry::devices(&plan.config).during("devices")? {
+    for wanted in registry::devices(&plan.config, &plan.descriptors).during("devices")? {
         let (device, subscriber) = plug.put(&chipset, wanted)?;
         subscribers.push((device.id.clone(), subscriber));
         devices.push(device);

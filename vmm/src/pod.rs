@@ -299,14 +299,28 @@ impl PodSlot {
     /// When the device cannot be; nothing has changed then.
     pub fn add(&mut self, addition: &Addition, events: &mut Events) -> Result<Option<PciDeviceInfo>, PodError> {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        if let Some(id) = addition.known(&pod.plan.config) {
+            let devices = pod.running.as_ref().map(|r| r.machine.devices()).unwrap_or_default();
+            return Ok(devices.iter().find(|d| d.id == id).map(|d| PciDeviceInfo {
+                id: d.id.clone(),
+                bdf: d.bdf.to_string(),
+            }));
+        }
         let mut config = pod.plan.config.clone();
         addition.put(&mut config).map_err(PodError::Conflict)?;
-        let plan = PodPlan::new(config, self.expect_digest)?;
+        let mut plan = PodPlan::new(config, self.expect_digest)?;
+        plan.descriptors = pod.plan.descriptors.clone();
+        plan.descriptors.extend(addition.descriptors(&plan.config));
         let info = match &mut pod.running {
             None => None,
             Some(running) => {
                 let wanted = addition.make(&plan.config)?;
                 let id = wanted.id.clone();
+                if running.machine.devices().iter().any(|device| device.id == id) {
+                    return Err(PodError::Conflict(
+                        "the name belongs to a device that the guest has not let go of yet; give another id",
+                    ));
+                }
                 let (bdf, subscriber) = running.machine.add(wanted)?;
                 running
                     .subscribers
@@ -341,7 +355,10 @@ impl PodSlot {
             return Err(PodError::NoDevice(id.to_owned()));
         }
         if configured {
-            pod.plan = PodPlan::new(config, self.expect_digest)?;
+            let mut plan = PodPlan::new(config, self.expect_digest)?;
+            plan.descriptors = std::mem::take(&mut pod.plan.descriptors);
+            plan.descriptors.remove(id);
+            pod.plan = plan;
         }
         Ok(())
     }

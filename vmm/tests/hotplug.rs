@@ -189,3 +189,35 @@ fn before_the_boot_only_the_configuration_changes() {
     assert_eq!(process.request("PUT", "vm.add-disk", Some(&json!({}))).0, 400);
     process.put("vm.boot", None);
 }
+
+#[test]
+fn a_name_is_free_when_the_guest_has_let_go() {
+    if !kvm() {
+        return;
+    }
+    // This guest never ejects.
+    let process = Process::start();
+    boot(&process, IDLE, &json!({}));
+    process.put("vm.add-disk", Some(&json!({"path": process.path("a"), "id": "d"})));
+    process.put("vm.remove-device", Some(&json!({"id": "d"})));
+    assert_eq!(
+        process
+            .request(
+                "PUT",
+                "vm.add-disk",
+                Some(&json!({"path": process.path("b"), "id": "d"}))
+            )
+            .0,
+        409
+    );
+    assert_eq!(
+        process
+            .request(
+                "PUT",
+                "vm.add-disk",
+                Some(&json!({"path": process.path("b"), "id": "e"}))
+            )
+            .0,
+        200
+    );
+}

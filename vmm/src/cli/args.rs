@@ -160,7 +160,7 @@ pub(crate) struct RunArgs {
     /// Vsock: cid=N,socket=PATH[,id=NAME]
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub(crate) vsock: Option<String>,
-    /// Network device (refused by name in this version).
+    /// Network device (refused by name in this version; the API has vm.add-net).
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) net: Vec<String>,
     /// Entropy source: src=FILE

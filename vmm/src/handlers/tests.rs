@@ -29,6 +29,7 @@ impl Api {
             pod: &mut self.pod,
             events: &mut self.events,
             shutdown: &mut self.shutdown,
+            files: Vec::new(),
         };
         let call = Call {
             method,
@@ -101,7 +102,7 @@ fn bad_configurations_are_400_and_name_the_field() {
         ),
         (format!(r#"{{{payload},"memory":{{"size":4097}}}}"#), "memory.size"),
         (format!(r#"{{{payload},"serial":{{"mode":"File"}}}}"#), "serial"),
-        (format!(r#"{{{payload},"net":[{{"tap":"t"}}]}}"#), "net"),
+        (format!(r#"{{{payload},"watchdog":true}}"#), "watchdog"),
         (format!(r#"{{{payload},"watchdog":true}}"#), "watchdog"),
         (
             format!(r#"{{{payload},"platform":{{"isolation":"secret"}}}}"#),

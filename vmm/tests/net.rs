@@ -1,0 +1,110 @@
+//! Network devices whose TAP queues come as descriptors beside the request, as both Kata shims send them.
+
+#![expect(clippy::unwrap_used, reason = "a failure here is the test's")]
+#![expect(unsafe_code, reason = "a TAP interface is made by an ioctl")]
+
+mod common;
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+
+use common::{IDLE, Process, kvm, pvh_kernel};
+use podvisor_api::http::Client;
+use serde_json::{Value, json};
+
+/// A TAP queue as a shim hands it over: set up, with the virtio header (Linux `if_tun.h`).
+fn tap(name: &str) -> Option<File> {
+    const TUNSETIFF: libc::c_ulong = 0x4004_54CA;
+    const IFF_TAP_NO_PI_VNET_HDR: i16 = 0x0002 | 0x1000 | 0x4000;
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").ok()?;
+    let mut request = [0u8; 40];
+    for (to, from) in request.iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    for (to, from) in request.iter_mut().skip(16).zip(IFF_TAP_NO_PI_VNET_HDR.to_ne_bytes()) {
+        *to = from;
+    }
+    // SAFETY: `request` has the size of struct ifreq and lives over the call.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) } == 0;
+    done.then_some(file)
+}
+
+fn add(process: &Process, body: &Value, taps: &[&File]) -> (u16, Value) {
+    let mut client = Client::connect(&process.socket).unwrap();
+    let fds: Vec<_> = taps.iter().map(|tap| tap.as_raw_fd()).collect();
+    let reply = client
+        .request_with_files("PUT", "vm.add-net", Some(body.to_string().as_bytes()), &fds)
+        .unwrap();
+    (reply.status, serde_json::from_slice(&reply.body).unwrap_or(Value::Null))
+}
+
+/// What the Go shim sends; it never tells of the descriptors in the body.
+fn go_body(mac: &str) -> Value {
+    json!({"ip": "192.168.249.1", "mask": "255.255.255.0", "mac": mac, "iommu": false, "num_queues": 2,
+           "queue_size": 256, "vhost_user": false, "vhost_mode": "Client", "offload_tso": true, "offload_ufo": true,
+           "offload_csum": true})
+}
+
+#[test]
+fn taps_come_as_descriptors_before_the_boot_and_after_it() {
+    if !kvm() {
+        return;
+    }
+    let name = |n: u32| format!("pvt{}x{n}", std::process::id() % 100_000);
+    let (Some(first), Some(second)) = (tap(&name(0)), tap(&name(1))) else {
+        println!("skipped: no TAP interface can be made here");
+        return;
+    };
+    let process = Process::start();
+    pvh_kernel(&process.path("kernel"), IDLE);
+    process.put(
+        "vm.create",
+        Some(&json!({"payload": {"kernel": process.path("kernel")}, "console": {"mode": "Off"}})),
+    );
+    let mac = "52:54:00:00:00:01";
+    // The numbers that a client writes into `fds` mean nothing.
+    let mut body = go_body(mac);
+    body["fds"] = json!([77]);
+    assert_eq!(add(&process, &body, &[&first]), (204, Value::Null));
+    process.put("vm.boot", None);
+    assert_eq!(process.info()["config"]["net"][0]["ip"], "192.168.249.1");
+    // A pair of queues needs one descriptor.
+    let (status, said) = add(&process, &go_body("52:54:00:00:00:03"), &[&first, &second]);
+    assert!((400..500).contains(&status), "{status} {said}");
+    let (status, hot) = add(&process, &go_body("52:54:00:00:00:02"), &[&second]);
+    assert_eq!((status, &hot["id"]), (200, &json!("_net1")), "{hot}");
+    // The Go shim sends what it has added before once more, and takes the answers by their order.
+    assert_eq!(
+        add(&process, &go_body("52:54:00:00:00:02"), &[&second]),
+        (200, hot.clone())
+    );
+    assert_eq!(process.info()["config"]["net"].as_array().unwrap().len(), 2);
+    // A reboot has the same descriptors again.
+    process.put("vm.reboot", None);
+    let devices = process.info()["podvisor"]["devices"].to_string();
+    assert!(devices.contains("_net0") && devices.contains("_net1"), "{devices}");
+    process.put("vm.remove-device", Some(&json!({"id": "_net1"})));
+}
+
+#[test]
+fn a_descriptor_that_is_no_tap_and_a_bad_mac_are_refused() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    pvh_kernel(&process.path("kernel"), IDLE);
+    process.put(
+        "vm.create",
+        Some(&json!({"payload": {"kernel": process.path("kernel")}, "console": {"mode": "Off"}})),
+    );
+    process.put("vm.boot", None);
+    let null = File::open("/dev/null").unwrap();
+    let (status, said) = add(&process, &go_body("52:54:00:00:00:02"), &[&null]);
+    assert!((400..500).contains(&status), "{status} {said}");
+    let (status, said) = add(&process, &go_body("52:54"), &[&null]);
+    assert!(
+        (400..500).contains(&status) && said.to_string().contains("mac"),
+        "{status} {said}"
+    );
+    assert!(process.info()["config"]["net"].as_array().is_none_or(Vec::is_empty));
+}
