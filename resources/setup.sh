@@ -41,6 +41,8 @@ need_tests() {
     apt_need mkfs.ext4 e2fsprogs
     apt_need file file
     need_nested
+    # Debian 12 has it in qemu-system-common, which came just now; later ones have a package of its own.
+    [ -x /usr/lib/qemu/virtiofsd ] || apt_need /usr/libexec/virtiofsd virtiofsd
     cargo_need cargo-nextest cargo-nextest
     cargo_need cargo-deny cargo-deny
     cargo_need cargo-fuzz cargo-fuzz

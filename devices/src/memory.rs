@@ -53,6 +53,15 @@ impl PodRegion {
     pub fn new(inner: Arc<GuestRegionMmap>, gate: Option<Arc<dyn SharedPages>>) -> Self {
         Self { inner, gate }
     }
+
+    /// The file and offset behind the region, if what is written to the one is seen in the other: another process that
+    /// maps the file sees the pod's memory. None for anonymous and private mappings.
+    #[must_use]
+    pub fn shared_file(&self) -> Option<&FileOffset> {
+        self.inner
+            .file_offset()
+            .filter(|_| self.inner.flags() & libc::MAP_SHARED != 0)
+    }
 }
 
 impl std::fmt::Debug for PodRegion {

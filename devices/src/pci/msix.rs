@@ -5,6 +5,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::platform::{MsiMessage, MsiVectors};
 use crate::sync::lock;
 
@@ -176,6 +178,13 @@ impl Msix {
             *pending = true;
         }
         Ok(())
+    }
+
+    /// A descriptor that raises vector `index` when written. While the vector is masked the hypervisor keeps what was
+    /// written to it; the pending bits do not show it.
+    #[must_use]
+    pub fn eventfd(&self, index: u16) -> Option<EventFd> {
+        self.vectors.eventfd(index)
     }
 
     /// The guest reads the table.

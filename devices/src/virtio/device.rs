@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::PodMemory;
 
@@ -19,6 +20,11 @@ pub trait QueueInterrupt: Send + Sync {
     /// # Errors
     /// When the hypervisor's descriptor fails.
     fn signal_used(&self) -> io::Result<()>;
+    /// A descriptor that raises it when written, without this process; None when there is none as things are. It is
+    /// good until [`VirtioDevice::interrupt_moved`].
+    fn eventfd(&self) -> Option<EventFd> {
+        None
+    }
 }
 
 /// Why a device cannot go on. The transport answers with DEVICE_NEEDS_RESET; other devices live on.
@@ -51,6 +57,19 @@ pub struct ActiveQueue {
     batched: Option<u16>,
     /// Chains given back one by one since the last signal.
     single: u16,
+    doorbell: Option<EventFd>,
+}
+
+/// A queue for someone else to run: see [`ActiveQueue::into_parts`].
+pub struct QueueParts {
+    /// Which queue.
+    pub index: usize,
+    /// Its rings.
+    pub queue: Queue,
+    /// Readable when the driver rang.
+    pub doorbell: EventFd,
+    /// Its interrupt.
+    pub interrupt: Arc<dyn QueueInterrupt>,
 }
 
 impl ActiveQueue {
@@ -62,7 +81,26 @@ impl ActiveQueue {
             interrupt,
             batched: None,
             single: 0,
+            doorbell: None,
         }
+    }
+
+    /// Hands the doorbell over with the queue, for a device that [`VirtioDevice::handles_doorbell`].
+    #[must_use]
+    pub fn with_doorbell(mut self, doorbell: EventFd) -> Self {
+        self.doorbell = Some(doorbell);
+        self
+    }
+
+    /// Takes the queue apart, for a device that has another process run it; None if its doorbell did not come with it.
+    #[must_use]
+    pub fn into_parts(self) -> Option<QueueParts> {
+        Some(QueueParts {
+            index: self.index,
+            queue: self.queue,
+            doorbell: self.doorbell?,
+            interrupt: self.interrupt,
+        })
     }
 
     /// Takes the next available descriptor chain.
@@ -251,6 +289,30 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// When the device cannot go on.
     fn on_queue(&mut self, index: usize) -> Result<(), DeviceError>;
+    /// Whether the doorbell of queue `index` belongs to the device: it comes with the queue, the event loop does not
+    /// watch it, and [`VirtioDevice::on_queue`] is not called for it. Fixed for the device's life.
+    fn handles_doorbell(&self, _index: usize) -> bool {
+        false
+    }
+    /// The driver gave queue `index` another interrupt vector, or none: [`QueueInterrupt::eventfd`] is another one now.
+    /// Only called while active.
+    ///
+    /// # Errors
+    /// When the device cannot go on.
+    fn interrupt_moved(&mut self, _index: usize) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    /// Whether the device has another process reach all of the pod's memory; it is refused for confidential pods.
+    fn lends_memory(&self) -> bool {
+        false
+    }
+    /// The pod's memory, before a driver uses the device and each time that it gets other regions.
+    ///
+    /// # Errors
+    /// When the device cannot work with this memory; an active one then needs a reset.
+    fn update_memory(&mut self, _memory: &Arc<PodMemory>) -> Result<(), DeviceError> {
+        Ok(())
+    }
     /// Descriptors, beside the doorbells, whose readability the event loop reports; fixed for the device's life.
     fn event_fds(&self) -> Vec<RawFd> {
         Vec::new()

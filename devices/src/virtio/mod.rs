@@ -13,5 +13,6 @@ pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod vhost_user;
 pub mod vsock;
 pub mod watchdog;

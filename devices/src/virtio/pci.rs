@@ -10,6 +10,7 @@ mod subscriber;
 mod tests;
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -19,6 +20,7 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::interrupt::{Interrupt, NO_VECTOR};
@@ -96,6 +98,23 @@ pub enum TransportError {
         /// The error.
         source: io::Error,
     },
+    /// The device lends the pod's memory to another process, and the pod is confidential.
+    #[error(
+        "virtio device {id}: vhost-user is refused for a confidential pod: its back end cannot be held to shared \
+         pages; use a device that this monitor serves itself (fs: shared_dir, disks: path, net: tap)"
+    )]
+    Confidential {
+        /// The device.
+        id: String,
+    },
+    /// The device cannot work with the pod's memory.
+    #[error("virtio device {id}: {source}")]
+    Memory {
+        /// The device.
+        id: String,
+        /// Why.
+        source: DeviceError,
+    },
     /// The configuration space could not be built.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -162,9 +181,10 @@ impl VirtioPci {
     /// Puts `device` on the transport under the name `id`. `confidential` pods must negotiate ACCESS_PLATFORM.
     ///
     /// # Errors
-    /// When the device's queues or type cannot be, or descriptors or interrupt vectors cannot be had.
+    /// When the device's queues or type cannot be, it cannot work with the pod's memory, or descriptors or interrupt
+    /// vectors cannot be had.
     pub fn new(
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
         id: String,
         memory: Arc<PodMemory>,
         hypervisor: Arc<dyn Hypervisor>,
@@ -176,6 +196,12 @@ impl VirtioPci {
             return Err(TransportError::Queues { id, count });
         }
         let setup = QueueSetup::new(sizes);
+        if confidential && device.lends_memory() {
+            return Err(TransportError::Confidential { id });
+        }
+        if let Err(source) = device.update_memory(&memory) {
+            return Err(TransportError::Memory { id, source });
+        }
         let host = |what, source| TransportError::Host {
             id: id.clone(),
             what,
@@ -253,6 +279,16 @@ impl VirtioPci {
         self.device.as_mut()
     }
 
+    /// The pod has other memory regions from now on: an active device that cannot go on with them needs a reset by its
+    /// driver.
+    ///
+    /// # Errors
+    /// When the device cannot work with it.
+    pub fn update_memory(&mut self, memory: Arc<PodMemory>) -> Result<(), DeviceError> {
+        self.memory = Arc::clone(&memory);
+        self.drive(|device| device.update_memory(&memory))
+    }
+
     /// What the device offers, with what the transport adds.
     fn offered(&self) -> u64 {
         let platform = if self.confidential {
@@ -306,15 +342,14 @@ impl VirtioPci {
         let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let (frozen, queues) = setup.freeze(&self.memory, event_idx);
         let outcome = queues.map_err(|e| e.to_string()).and_then(|queues| {
-            let queues = queues.into_iter().zip(&self.queue_interrupts).enumerate();
+            let queues = queues.into_iter().enumerate();
             let activation = Activation {
                 memory: Arc::clone(&self.memory),
                 features: self.driver_features,
                 queues: queues
-                    .map(|(index, (queue, interrupt))| {
-                        queue.map(|q| ActiveQueue::new(index, q, Arc::clone(interrupt) as Arc<dyn QueueInterrupt>))
-                    })
-                    .collect(),
+                    .map(|(index, queue)| queue.map(|q| self.active_queue(index, q)).transpose())
+                    .collect::<io::Result<_>>()
+                    .map_err(|e| format!("handing over a doorbell: {e}"))?,
                 config_changed: Arc::clone(&self.config_interrupt) as Arc<dyn QueueInterrupt>,
             };
             self.device.activate(activation).map_err(|e| e.to_string())
@@ -328,6 +363,26 @@ impl VirtioPci {
         for doorbell in &mut self.doorbells {
             if std::mem::take(&mut doorbell.early) {
                 ring(&doorbell.fd);
+            }
+        }
+    }
+
+    /// A validated queue as the device gets it.
+    fn active_queue(&self, index: usize, queue: Queue) -> io::Result<ActiveQueue> {
+        let interrupt = self.queue_interrupts.get(index).ok_or(io::ErrorKind::NotFound)?;
+        let active = ActiveQueue::new(index, queue, Arc::clone(interrupt) as Arc<dyn QueueInterrupt>);
+        match self.doorbells.get(index) {
+            Some(doorbell) if self.device.handles_doorbell(index) => Ok(active.with_doorbell(doorbell.fd.try_clone()?)),
+            _ => Ok(active),
+        }
+    }
+
+    /// The driver chose other vectors for these queues.
+    fn interrupts_moved(&mut self, queues: Range<usize>) {
+        for index in queues {
+            if self.is_active() {
+                // A failure is told to the driver.
+                let _ = self.drive(|device| device.interrupt_moved(index));
             }
         }
     }
@@ -500,7 +555,11 @@ impl PciFunction for VirtioPci {
         self.config.write(offset, data);
         let mut control = [0; 2];
         self.config.read(self.msix_cap + 2, &mut control);
+        let enabled = self.msix.is_enabled();
         self.msix.set_control(u16::from_le_bytes(control));
+        if self.msix.is_enabled() != enabled {
+            self.interrupts_moved(0..self.doorbells.len());
+        }
     }
 
     fn read_bar(&mut self, _bar: usize, offset: u64, data: &mut [u8]) {

@@ -19,12 +19,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::{io, mem};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
 use crate::memory::{PodMemory, PodRegion, SharedPages};
@@ -80,19 +81,31 @@ pub fn test_memory(size: u64, gate: Option<Arc<PageGate>>) -> Arc<PodMemory> {
 
 /// An interrupt that only counts.
 #[derive(Debug, Default)]
-pub struct CountedInterrupt(AtomicU64);
+pub struct CountedInterrupt {
+    count: AtomicU64,
+    direct: Mutex<Option<EventFd>>,
+}
 
 impl CountedInterrupt {
-    /// How often it was raised.
+    /// How often it was raised through this process.
     pub fn count(&self) -> u64 {
-        self.0.load(Ordering::SeqCst)
+        self.count.load(Ordering::SeqCst)
+    }
+
+    /// From now on there is a descriptor that raises it, or there is none.
+    pub fn set_eventfd(&self, fd: Option<EventFd>) {
+        *self.direct.lock().unwrap() = fd;
     }
 }
 
 impl QueueInterrupt for CountedInterrupt {
     fn signal_used(&self) -> io::Result<()> {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.count.fetch_add(1, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn eventfd(&self) -> Option<EventFd> {
+        self.direct.lock().unwrap().as_ref().map(|fd| fd.try_clone().unwrap())
     }
 }
 
@@ -149,6 +162,7 @@ pub struct TestQueue {
     free: Vec<u16>,
     pending: Vec<(Chain, Vec<u16>)>,
     interrupt: Arc<CountedInterrupt>,
+    doorbell: Option<EventFd>,
 }
 
 impl TestQueue {
@@ -166,6 +180,7 @@ impl TestQueue {
             free: (0..size).rev().collect(),
             pending: Vec::new(),
             interrupt: Arc::default(),
+            doorbell: None,
         }
     }
 
@@ -299,7 +314,11 @@ impl TestQueue {
         queue.set_used_ring_address(u32::try_from(self.used).ok(), Some(0));
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
-        ActiveQueue::new(index, queue, Arc::clone(&self.interrupt) as Arc<dyn QueueInterrupt>)
+        let active = ActiveQueue::new(index, queue, Arc::clone(&self.interrupt) as Arc<dyn QueueInterrupt>);
+        match &self.doorbell {
+            Some(fd) => active.with_doorbell(fd.try_clone().unwrap()),
+            None => active,
+        }
     }
 }
 
@@ -326,7 +345,10 @@ impl<D: VirtioDevice> Harness<D> {
         let mut base = RINGS_START;
         let mut queues = Vec::new();
         for &size in device.queue_max_sizes() {
-            let queue = TestQueue::new(size, base);
+            let mut queue = TestQueue::new(size, base);
+            if device.handles_doorbell(queues.len()) {
+                queue.doorbell = Some(EventFd::new(EFD_NONBLOCK).unwrap());
+            }
             base = queue.end();
             queues.push(queue);
         }
@@ -368,6 +390,12 @@ impl<D: VirtioDevice> Harness<D> {
             queues,
             config_changed: Arc::clone(&self.config_interrupt) as Arc<dyn QueueInterrupt>,
         })
+    }
+
+    /// The interrupt of `queue`.
+    #[must_use]
+    pub fn interrupt(&self, queue: usize) -> &CountedInterrupt {
+        &self.queues[queue].interrupt
     }
 
     /// Takes `len` bytes of guest memory, page-aligned when `len` is at least a page.
@@ -427,6 +455,10 @@ impl<D: VirtioDevice> Harness<D> {
     /// # Errors
     /// The device's.
     pub fn kick(&mut self, queue: usize) -> Result<(), DeviceError> {
+        if let Some(doorbell) = self.queues.get(queue).and_then(|q| q.doorbell.as_ref()) {
+            doorbell.write(1).unwrap();
+            return Ok(());
+        }
         self.device.on_queue(queue)
     }
 
@@ -484,6 +516,7 @@ impl<D: VirtioDevice> Harness<D> {
                 .unwrap();
             let old = mem::replace(queue, fresh);
             queue.interrupt = old.interrupt;
+            queue.doorbell = old.doorbell;
         }
     }
 }

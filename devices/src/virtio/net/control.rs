@@ -29,7 +29,7 @@ const fn narrow(number: u32) -> u8 {
 
 /// What the driver asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Command {
+pub(in crate::virtio) enum Command {
     /// Use this many queue pairs.
     Pairs(u16),
     /// Use these offloads (bits of `VIRTIO_NET_F_GUEST_*`).
@@ -39,14 +39,14 @@ pub(super) enum Command {
 }
 
 /// A command and where its answer goes.
-pub(super) struct Request {
-    pub(super) command: Command,
+pub(in crate::virtio) struct Request {
+    pub(in crate::virtio) command: Command,
     answer: Option<GuestAddress>,
 }
 
 impl Request {
     /// Reads a command.
-    pub(super) fn parse(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>) -> Self {
+    pub(in crate::virtio) fn parse(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>) -> Self {
         let mut bytes = [0; MAX_COMMAND];
         let mut len = 0_usize;
         let mut answer = None;
@@ -72,7 +72,7 @@ impl Request {
     }
 
     /// Writes the answer; how many bytes.
-    pub(super) fn answer(&self, memory: &PodMemory, success: bool) -> u32 {
+    pub(in crate::virtio) fn answer(&self, memory: &PodMemory, success: bool) -> u32 {
         let ack = narrow(if success { VIRTIO_NET_OK } else { VIRTIO_NET_ERR });
         let written = self.answer.is_some_and(|at| memory.write_obj(ack, at).is_ok());
         u32::from(written)

@@ -6,7 +6,7 @@
 //! whom the features say; nothing in a frame is interpreted here.
 
 mod active;
-mod control;
+pub(in crate::virtio) mod control;
 mod rx;
 mod tap;
 #[cfg(test)]

@@ -5,6 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::pci::msix::Msix;
 use crate::virtio::device::QueueInterrupt;
 
@@ -68,5 +70,12 @@ impl QueueInterrupt for Interrupt {
         }
         self.isr.fetch_or(self.bit, Ordering::AcqRel);
         Ok(())
+    }
+
+    fn eventfd(&self) -> Option<EventFd> {
+        // The configuration's has a generation to move on.
+        let vector = self.vector();
+        let direct = self.generation.is_none() && vector != NO_VECTOR && self.msix.is_enabled();
+        direct.then(|| self.msix.eventfd(vector)).flatten()
     }
 }

@@ -120,6 +120,7 @@ impl VirtioPci {
                 // A vector is only where an interrupt goes: the driver may move it at any time.
                 if let Some(interrupt) = self.queue_interrupts.get(usize::from(select)) {
                     interrupt.set_vector(word);
+                    self.interrupts_moved(usize::from(select)..usize::from(select) + 1);
                 }
             }
             (_, len) => {

@@ -1,5 +1,6 @@
 //! A virtio device on an event loop: doorbells and the device's own descriptors, registered once for its life.
 
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -14,12 +15,11 @@ pub struct VirtioPciSubscriber(pub Arc<Mutex<VirtioPci>>);
 impl MutEventSubscriber for VirtioPciSubscriber {
     fn init(&mut self, ops: &mut EventOps) {
         let this = lock(&self.0);
-        let doorbells = this
-            .doorbells
-            .iter()
-            .map(|d| Events::new(&d.fd, EventSet::IN))
-            .map(|e| e.fd());
-        for (data, fd) in (0u32..).zip(doorbells.chain(this.device.event_fds())) {
+        let doorbells = this.doorbells.iter().enumerate();
+        let watched = doorbells.map(|(index, d)| (!this.device.handles_doorbell(index)).then(|| d.fd.as_raw_fd()));
+        let own = this.device.event_fds().into_iter().map(Some);
+        for (data, fd) in (0u32..).zip(watched.chain(own)) {
+            let Some(fd) = fd else { continue };
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
                 tracing::error!(
                     id = this.id,
