@@ -158,6 +158,13 @@ pub fn inherited_output(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(copy)
 }
 
+/// Has all threads allocate from one heap: an arena of each thread's own costs it address space, page faults and system
+/// calls, and the data path does not allocate.
+pub fn one_heap() {
+    // SAFETY: mallopt takes two numbers; this one only limits how many arenas are made later.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// Makes every file and socket this process creates private to its user.
 pub fn private_umask() {
     // SAFETY: umask has no preconditions and cannot fail.

@@ -55,6 +55,8 @@ pub struct ExitSignal {
     reason: Mutex<Option<PodExit>>,
     /// Segment and slot; a set, so that a guest cannot grow it beyond the slots there are.
     ejected: Mutex<BTreeSet<(u16, u8)>>,
+    /// A reason was given and not taken yet.
+    given: AtomicBool,
     fd: EventFd,
 }
 
@@ -67,6 +69,7 @@ impl ExitSignal {
         Ok(Self {
             reason: Mutex::new(None),
             ejected: Mutex::default(),
+            given: AtomicBool::new(false),
             fd: EventFd::new(EFD_NONBLOCK)?,
         })
     }
@@ -74,6 +77,7 @@ impl ExitSignal {
     /// Gives the reason.
     pub fn give(&self, reason: PodExit) {
         lock(&self.reason).get_or_insert(reason);
+        self.given.store(true, Ordering::SeqCst);
         // A full counter is a signal already.
         let _ = self.fd.write(1);
     }
@@ -93,7 +97,15 @@ impl ExitSignal {
     /// Takes the reason, if one was given.
     pub fn take(&self) -> Option<PodExit> {
         let _ = self.fd.read();
-        lock(&self.reason).take()
+        let reason = lock(&self.reason).take();
+        self.given.store(false, Ordering::SeqCst);
+        reason
+    }
+
+    /// Whether a reason was given that nobody took yet.
+    #[must_use]
+    pub fn given(&self) -> bool {
+        self.given.load(Ordering::SeqCst)
     }
 
     /// Readable when a reason was given.
@@ -231,7 +243,8 @@ impl Vcpus {
         self.control.interrupt.store(wish != Wish::Run, Ordering::SeqCst);
         drop(current);
         self.control.changed.notify_all();
-        if wish != Wish::Run {
+        // A parked thread is no guest's: it sees the new wish before it runs again.
+        if wish != Wish::Run && *lock(&self.control.parked) < self.threads.len() {
             for thread in &self.threads {
                 kick::kick(thread);
             }
@@ -305,6 +318,8 @@ enum Next {
     Go,
     /// Look at the wish.
     Interrupted,
+    /// The pod ended, and the control loop has been told why.
+    Ended,
     End(PodExit),
 }
 
@@ -318,6 +333,10 @@ impl Vcpu {
                 Next::End(reason) => {
                     tracing::debug!(vcpu = self.index, ?reason, "the guest ended");
                     self.context.exit.give(reason);
+                    control.wait_for_stop();
+                    break;
+                }
+                Next::Ended => {
                     control.wait_for_stop();
                     break;
                 }
@@ -339,7 +358,11 @@ impl Vcpu {
                     run_page::Pio::In(port, data) => io.pio_read(port, data),
                     run_page::Pio::Out(port, data) => io.pio_write(port, data),
                 });
-                Next::Go
+                if self.context.exit.given() {
+                    Next::Ended
+                } else {
+                    Next::Go
+                }
             }
             VcpuExit::MmioRead(gpa, data) => {
                 self.context.io.mmio_read(gpa, data);

@@ -31,8 +31,9 @@ pub(crate) struct Args {
     pub(crate) run: RunArgs,
 }
 
-/// The tools.
+/// The tools. Their options are defined when one of them is called: a pod's start does not pay for them.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub(crate) enum Command {
     /// Run the built-in pod once, end to end, and check everything it does.
     Demo(crate::demo::DemoArgs),

@@ -22,6 +22,7 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
              --help has examples",
         ));
     }
+    sys::one_heap();
     sys::private_umask();
     sys::ignore_sigpipe();
     sys::raise_descriptor_limit();

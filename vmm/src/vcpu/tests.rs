@@ -73,19 +73,24 @@ fn start(code: &[u8]) -> Option<Guest> {
     })
 }
 
+/// Waits for the exit signal.
+fn wait(guest: &Guest) {
+    let mut poll = [libc::pollfd {
+        fd: std::os::fd::AsRawFd::as_raw_fd(guest.exit.fd()),
+        events: libc::POLLIN,
+        revents: 0,
+    }];
+    #[expect(unsafe_code, reason = "poll in a test")]
+    // SAFETY: one valid pollfd.
+    unsafe {
+        libc::poll(poll.as_mut_ptr(), 1, -1);
+    }
+}
+
 /// Waits for the guest's end, as the control loop does.
 fn reason(guest: &Guest) -> PodExit {
     loop {
-        let mut poll = [libc::pollfd {
-            fd: std::os::fd::AsRawFd::as_raw_fd(guest.exit.fd()),
-            events: libc::POLLIN,
-            revents: 0,
-        }];
-        #[expect(unsafe_code, reason = "poll in a test")]
-        // SAFETY: one valid pollfd.
-        unsafe {
-            libc::poll(poll.as_mut_ptr(), 1, -1);
-        }
+        wait(guest);
         if let Some(reason) = guest.exit.take() {
             return reason;
         }
@@ -139,6 +144,19 @@ fn a_guest_that_powered_off_can_still_be_paused() {
     let vcpus = guest.vcpus.as_mut().unwrap();
     vcpus.pause();
     vcpus.resume();
+}
+
+#[test]
+fn a_guest_that_powered_off_does_not_go_on() {
+    // out 0x60, al; out 0x61, al; cli; hlt
+    let Some(mut guest) = start(&[0xE6, 0x60, 0xE6, 0x61, 0xFA, 0xF4]) else {
+        return;
+    };
+    wait(&guest);
+    guest.vcpus.as_mut().unwrap().pause();
+    let ports: Vec<u64> = lock(&guest.io.0).iter().map(|(port, _)| *port).collect();
+    assert_eq!(ports, [0x60]);
+    assert_eq!(guest.exit.take(), Some(PodExit::Shutdown));
 }
 
 #[test]
