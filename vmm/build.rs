@@ -66,6 +66,9 @@ fn compile(guest: &Path, target_dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let remapped = remapped_paths(guest, target_dir)?;
     let flags: Vec<_> = flags.into_iter().chain(remapped).collect();
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
+    // Empty: none. The one that .cargo/config.toml names would make the image depend on where the tree lies: Cargo hashes
+    // its path into the names of symbols.
+    command.env("RUSTC_WORKSPACE_WRAPPER", "");
     let status = command.status()?;
     if !status.success() {
         return Err(format!("building the pod guest failed: {status}").into());
