@@ -33,6 +33,8 @@ use crate::rate_limiter::{RateLimiter, Throttle};
 const HEADER_LEN: usize = 12;
 /// The longest frame with its header: 64 KiB of IP, Ethernet header, VLAN tag, and some to spare.
 const MAX_FRAME: usize = 65_600;
+/// The most descriptors of one chain; Linux needs 19 at most.
+const MAX_DESCRIPTORS: usize = 256;
 /// The largest queue size that can be asked for (virtio 1.2 2.7).
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// The most queue pairs: what one TAP interface has (`MAX_TAP_QUEUES` of Linux).

@@ -12,15 +12,15 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::tap::{GuestVectors, MAX_VECTORS, Tap};
-use super::{Counters, MAX_FRAME};
+use super::{Counters, MAX_DESCRIPTORS, MAX_FRAME};
 use crate::memory::PodMemory;
 use crate::rate_limiter::Throttle;
 use crate::virtio::device::{ActiveQueue, DeviceError};
 
 /// The most frames of one turn; the TAP queue stays readable if there are more.
 const MAX_FRAMES: usize = 256;
-/// The most descriptors of one chain.
-const MAX_DESCRIPTORS: usize = 256;
+/// The most chains that are taken off the ring in one turn.
+const MAX_CHAINS: usize = 1024;
 /// The smallest room that a call offers, in bytes, if the driver has it.
 const MIN_EXPECTED: usize = 2048;
 /// Where the number of buffers is in the header (`struct virtio_net_hdr`, virtio 1.2 5.1.6).
@@ -77,6 +77,8 @@ pub(super) struct Receiver {
     /// The driver must be told of buffers given back.
     signal: bool,
     used: Vec<(u16, u32)>,
+    /// Chains that this turn may still take.
+    budget: usize,
     pub(super) wait: RxWait,
 }
 
@@ -97,6 +99,7 @@ impl Receiver {
             quiet: false,
             signal: false,
             used: Vec::new(),
+            budget: 0,
             wait: RxWait::Turn,
         }
     }
@@ -108,6 +111,8 @@ impl Receiver {
         throttle: Option<&mut Throttle>,
         counters: &mut Counters,
     ) -> Result<(), DeviceError> {
+        // A driver that adds chains as fast as they are taken must not keep the event loop here.
+        self.budget = MAX_CHAINS;
         self.wait = self.run(tap, throttle, counters)?;
         if std::mem::take(&mut self.signal) {
             self.queue.signal(&self.memory)?;
@@ -158,27 +163,28 @@ impl Receiver {
     /// `Frame`: there is, or no more can be taken; `Buffers`: the ring is empty; `Turn`: the turn is over.
     fn gather(&mut self, want: usize, counters: &mut Counters) -> Result<RxWait, DeviceError> {
         let want = if self.mergeable { want } else { 1 };
-        // A driver that adds broken chains as fast as they are taken must not keep the event loop here.
-        for _ in 0..u32::from(self.queue.size()).saturating_mul(2) {
+        loop {
             let taken = self.chains.len() >= usize::from(self.queue.size());
             if self.room >= want || taken || self.segments.saturating_add(MAX_DESCRIPTORS) > MAX_VECTORS {
                 return Ok(RxWait::Frame);
+            }
+            if self.budget == 0 {
+                return Ok(RxWait::Turn);
             }
             if !self.quiet {
                 self.queue.disable_notification(&self.memory)?;
                 self.quiet = true;
             }
-            match self.queue.pop(&self.memory)? {
-                Some(chain) => self.take(chain, counters)?,
-                None => {
-                    self.quiet = false;
-                    if !self.queue.enable_notification(&self.memory)? {
-                        return Ok(RxWait::Buffers);
-                    }
-                }
+            self.budget = self.budget.saturating_sub(1);
+            if let Some(chain) = self.queue.pop(&self.memory)? {
+                self.take(chain, counters)?;
+                continue;
+            }
+            self.quiet = false;
+            if !self.queue.enable_notification(&self.memory)? {
+                return Ok(RxWait::Buffers);
             }
         }
-        Ok(RxWait::Turn)
     }
 
     /// Keeps the buffers of a chain; one that has others than writable ones is given back.
@@ -271,13 +277,12 @@ impl Receiver {
                 break;
             };
             let head = chain.head;
+            let mark = self.vectors.mark();
             let good = (chain.segments.iter()).all(|(address, len)| self.vectors.push(*address, *len));
             if !good {
-                // Later chains moved: begin again.
+                self.vectors.back_to(mark);
                 self.remove(index);
                 self.refuse(head, counters)?;
-                self.vectors.clear();
-                index = 0;
                 continue;
             }
             if !self.mergeable {

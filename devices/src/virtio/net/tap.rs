@@ -291,6 +291,17 @@ impl GuestVectors {
         self.len
     }
 
+    /// Where [`GuestVectors::back_to`] goes back to.
+    pub(super) fn mark(&self) -> (usize, usize) {
+        (self.vectors.len(), self.len)
+    }
+
+    /// Drops what was appended since `mark`.
+    pub(super) fn back_to(&mut self, mark: (usize, usize)) {
+        self.vectors.truncate(mark.0);
+        self.len = mark.1;
+    }
+
     /// Appends guest memory. False, and nothing appended, when a byte of it is private or absent, or when there are
     /// too many pieces.
     pub(super) fn push(&mut self, address: GuestAddress, len: usize) -> bool {

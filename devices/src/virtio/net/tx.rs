@@ -6,11 +6,14 @@ use std::sync::Arc;
 
 use virtio_queue::DescriptorChain;
 
-use super::tap::{GuestVectors, MAX_VECTORS, Tap};
-use super::{Counters, HEADER_LEN, MAX_FRAME};
+use super::tap::{GuestVectors, Tap};
+use super::{Counters, HEADER_LEN, MAX_DESCRIPTORS, MAX_FRAME};
 use crate::memory::PodMemory;
 use crate::rate_limiter::Throttle;
 use crate::virtio::device::{ActiveQueue, DeviceError};
+
+/// The most frames of one turn.
+const MAX_FRAMES: u32 = 512;
 
 /// What the sender waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +69,7 @@ impl Sender {
         used: &mut bool,
     ) -> Result<TxWait, DeviceError> {
         // A driver that adds frames as fast as they are sent must not keep the event loop here.
-        let mut budget = u32::from(self.queue.size()).saturating_mul(2);
+        let mut budget = MAX_FRAMES;
         loop {
             self.queue.disable_notification(&self.memory)?;
             while let Some(chain) = self.queue.pop(&self.memory)? {
@@ -131,7 +134,7 @@ impl Sender {
         self.vectors.clear();
         for (count, descriptor) in chain.enumerate() {
             let len = descriptor.len() as usize;
-            let fits = count < MAX_VECTORS && len <= MAX_FRAME.saturating_sub(self.vectors.len());
+            let fits = count < MAX_DESCRIPTORS && len <= MAX_FRAME.saturating_sub(self.vectors.len());
             if descriptor.is_write_only() || !fits {
                 return false;
             }
