@@ -1,53 +1,77 @@
 #!/usr/bin/env bash
-# Boots an unmodified Debian Linux as a pod of podvisor, inside one Linux under software emulation of AMD virtualisation:
-# real drivers, real ACPI, nested page tables, on any machine, with no /dev/kvm.
-#   bash resources/nested/run.sh [--podvisor PATH] [CASE...]     cases: devices hotplug reset (default: all)
-# Prints "CASE name ok" or "CASE name FAILED: why" with what the pod and podvisor said; ends with 1 if one failed.
-# Packages and what is made of them are kept in ${XDG_CACHE_HOME:-~/.cache}/podvisor/nested, by package version.
+# Boots unmodified Debian Linux as a pod of podvisor, inside one Linux under software emulation of AMD virtualisation: real
+# drivers, real ACPI, nested page tables, on any machine, with no /dev/kvm. docs/nested-rig.md tells more.
+#   bash resources/nested/run.sh [--podvisor PATH] [--host-kernel 6.1|6.12] [--pod-kernel 6.1|6.12] [-v] [--list] [CASE...]
+# Cases are the directories under cases/ (default: all), run in one boot of the host. As they end it prints
+#   CASE name ok (N s)     or     CASE name FAILED: why, and what the pod and podvisor said (with -v always)
+# Exit code: 0 all are ok, 1 one is not, 2 wrong usage or the rig itself did not work.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/../setup.sh"
-need_nested
-podvisor=$here/../../${CARGO_TARGET_DIR:-target}/release/podvisor
-[ -z "${CARGO_TARGET_DIR:-}" ] || podvisor=$CARGO_TARGET_DIR/release/podvisor
-if [ "${1:-}" = --podvisor ]; then podvisor=$2; shift 2; fi
+. "$here/packages.sh"
+PATH=$PATH:/usr/sbin:/sbin
+
+usage() { sed -n 's/^#   bash //p' "$here/run.sh" >&2; exit 2; }
+target=${CARGO_TARGET_DIR:-$here/../../target}
+podvisor=$target/release/podvisor host_kernel=6.12 pod_kernel=6.1 verbose=
+all=$(cd "$here/cases" && ls)
+while [[ "${1:-}" = -* ]]; do
+    case $1 in
+        --podvisor) podvisor=${2:?--podvisor needs a path}; shift 2 ;;
+        --host-kernel) host_kernel=${2:?--host-kernel needs a version}; shift 2 ;;
+        --pod-kernel) pod_kernel=${2:?--pod-kernel needs a version}; shift 2 ;;
+        -v) verbose=1; shift ;;
+        --list) echo "$all"; exit ;;
+        *) usage ;;
+    esac
+done
+cases=${*:-$all}
+for name in $cases; do
+    [ -f "$here/cases/$name/host" ] || { echo "no case $name; there are: $(echo $all)" >&2; exit 2; }
+done
 [ -x "$podvisor" ] || { echo "no podvisor at $podvisor: build it, or give --podvisor PATH" >&2; exit 2; }
-cases=${*:-devices hotplug reset}
+need_nested
+kernel "$host_kernel"; host=$kernel_dir
+kernel "$pod_kernel"; pod=$kernel_dir
 
-# The kernel package: downloaded and unpacked once a version.
-package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: //p' | head -1)
-version=$(apt-cache policy "$package" | sed -n 's/ *Candidate: //p')
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/podvisor/nested/$package-$version
-if [ ! -e "$cache/complete" ]; then
-    say "fetching $package $version"
-    rm -rf "$cache"; mkdir -p "$cache"
-    (cd "$cache" && apt-get download -qq "$package" 2>/dev/null && dpkg-deb -x ./*.deb . && rm ./*.deb)
-    python3 "$here/vmlinux.py" "$cache"/boot/vmlinuz-* "$cache/vmlinux"
-    touch "$cache/complete"
+work=$(mktemp -d)
+qemu=
+trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null || true; rm -rf "$work"' EXIT
+
+cc -O2 -static -o "$work/duct" "$here/duct.c"
+pod_items=(--kernel "$pod" "file=/bin/busybox:/bin/busybox" "file=/bin/duct:$work/duct" "file=/init:$here/l2/init"
+    dir=/dev dir=/proc dir=/sys dir=/tmp)
+for module in virtio_pci virtio_blk virtio-rng virtio_console virtiofs vmw_vsock_virtio_transport virtio_net virtio_balloon \
+    ptp_kvm button evdev; do pod_items+=("module=$module"); done
+for name in $all; do [ ! -f "$here/cases/$name/pod" ] || pod_items+=("file=/cases/$name:$here/cases/$name/pod"); done
+python3 "$here/initramfs.py" "$work/pod" "${pod_items[@]}"
+
+echo "$cases" >"$work/run-these"
+host_items=(--kernel "$host" "file=/bin/busybox:/bin/busybox" "file=/bin/duct:$work/duct" "file=/init:$here/l1/init"
+    "file=/lib.sh:$here/l1/lib.sh" "tree=/cases:$here/cases" "file=/run-these:$work/run-these"
+    "file=/pod/vmlinux:$pod/vmlinux" "file=/pod/initramfs:$work/pod" "program=/bin/podvisor:$podvisor"
+    "program=/bin/mkfs.ext4:$(command -v mkfs.ext4)" "program=/bin/e2fsck:$(command -v e2fsck)"
+    dir=/dev dir=/proc dir=/sys dir=/tmp module=kvm_amd module=tun)
+if [ -n "$verbose" ]; then touch "$work/verbose"; host_items+=("file=/verbose:$work/verbose"); fi
+python3 "$here/initramfs.py" "$work/host" "${host_items[@]}"
+
+# Without cmpxchg16b: QEMU 7.2 loses the flags when a nested exit comes right after one, and newer kernels use it to allocate.
+processor=max,+svm,-cx16
+# The host: its console goes to a file, its second serial port carries the results.
+seconds=120
+for name in $cases; do
+    limit=$(sed -n 's/^# limit: \([0-9]*\) s$/\1/p' "$here/cases/$name/host"); seconds=$((seconds + ${limit:-120}))
+done
+mkfifo "$work/results"
+timeout -k 5 "$seconds" qemu-system-x86_64 -accel tcg -cpu "$processor" -m 3G -display none -no-reboot -nodefaults -no-user-config \
+    -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 rdinit=/init" \
+    -serial "file:$work/console" -serial "file:$work/results" </dev/null >"$work/qemu" 2>&1 &
+qemu=$!
+tr -d '\r' <"$work/results" | tee "$work/out" || true
+wait "$qemu" || true
+qemu=
+ok=$(grep -c '^CASE [^ ]* ok' "$work/out" || true)
+if ! grep -q '^RIG done' "$work/out"; then
+    echo "-- the emulated machine did not come to its end; its console:"; grep -q . "$work/qemu" && cat "$work/qemu"; grep -v "^$" "$work/console" | tail -n 80; exit 2
 fi
-modules=$(echo "$cache"/lib/modules/*/kernel)
-
-# pack DIR FILE: an initramfs
-pack() { (cd "$1" && find . -print0 | cpio --null -o -H newc --quiet | gzip -1) >"$2"; }
-# base DIR: what both have
-base() { mkdir -p "$1"/{bin,dev,proc,sys,tmp,modules,lib,lib64}; cp /bin/busybox "$1/bin/busybox"; }
-
-work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-base "$work/l2"; cp "$here/l2/init" "$work/l2/init"
-for m in virtio/virtio virtio/virtio_ring virtio/virtio_pci_modern_dev virtio/virtio_pci_legacy_dev virtio/virtio_pci \
-         block/virtio_blk char/hw_random/virtio-rng char/virtio_console; do cp "$modules/drivers/$m.ko" "$work/l2/modules/"; done
-cp "$modules"/fs/fuse/{fuse,virtiofs}.ko "$modules"/net/vmw_vsock/{vsock,vmw_vsock_virtio_transport_common,vmw_vsock_virtio_transport}.ko \
-    "$work/l2/modules/"
-base "$work/l1"; cp "$here/l1/init" "$work/l1/init"; echo "$cases" >"$work/l1/cases"
-cp "$modules"/virt/lib/irqbypass.ko "$modules"/arch/x86/kvm/{kvm,kvm-amd}.ko "$work/l1/modules/"
-mkdir "$work/l1/pod"; pack "$work/l2" "$work/l1/pod/initramfs"; cp "$cache/vmlinux" "$work/l1/pod/"
-cp "$podvisor" "$work/l1/bin/podvisor"
-ldd "$podvisor" | grep -o '/[^ ]*' | while read -r lib; do cp "$lib" "$work/l1/lib/"; done
-cp /lib64/ld-linux-x86-64.so.2 "$work/l1/lib64/"
-chmod +x "$work"/l?/init; pack "$work/l1" "$work/initramfs"
-
-timeout 600 qemu-system-x86_64 -accel tcg -cpu max,+svm -m 2G -nographic -no-reboot -kernel "$cache"/boot/vmlinuz-* \
-    -initrd "$work/initramfs" -append "console=ttyS0 quiet panic=-1" </dev/null >"$work/out" 2>&1 || true
-sed -n '/CASE /,$p' "$work/out" | tr -d '\r' | grep -v 'reboot: Power down' || true
-for name in $cases; do grep -q "CASE $name ok" "$work/out" || failed=1; done
-if [ -n "${failed:-}" ]; then echo "-- the end of the emulated machine's console:"; tail -n 20 "$work/out"; exit 1; fi
+[ "$ok" = "$(wc -w <<<"$cases")" ]

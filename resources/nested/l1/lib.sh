@@ -1,0 +1,29 @@
+# What a case's host script has at hand. It runs in an empty directory; whatever it starts is killed when it ends.
+
+# start MORE_OPTIONS...: boots the case's pod in the background: $cpus vCPUs, serial port into ./serial, podvisor's own
+# words into ./log, API at ./api, standard input and output $keys and $screen.
+cpus=1 memory=256M serial=file=serial console=off keys=/dev/null screen=/dev/null more_cmdline=
+start() {
+    : >serial
+    podvisor -v --api-socket api --kernel /pod/vmlinux --initramfs /pod/initramfs --cpus boot=$cpus --memory size=$memory \
+        --cmdline "console=ttyS0 quiet panic=-1 case=$name $more_cmdline" --serial $serial --console $console \
+        "$@" <$keys >>$screen 2>log &
+    monitor=$!
+}
+fail() { echo "FAILED: $*"; exit 1; }
+# check WHAT COMMAND...: fails the case, naming WHAT, unless COMMAND succeeds
+check() { what=$1; shift; "$@" || fail "$what"; }
+# said STEP [TIMES]: waits until the pod has said "pod: ok STEP"
+said() {
+    until [ "$(grep -c "pod: ok $1" serial)" -ge "${2:-1}" ]; do
+        ! grep -q "pod: failed" serial || { sleep 1; fail "in the pod: $(sed -n 's/.*pod: failed //p' serial | head -n 1)"; }
+        [ -e "/proc/$monitor" ] || grep -q "pod: ok $1" serial || fail "podvisor ended before the pod said \"$1\""
+        usleep 50000
+    done
+}
+# ended CODE: waits for podvisor's end, which must be with that exit code
+ended() { wait $monitor; code=$?; [ $code = "$1" ] || fail "podvisor ended with $code, not $1"; }
+ctl() { podvisor ctl --api-socket api "$@"; }
+# tree DIR: names, kinds, sizes and content of all that is below DIR, as one checksum; the same in host and pod
+tree() { (cd "$1" && { find . | sort | xargs stat -c '%n %f %h'; find . -type f | sort | xargs sha256sum
+    find . -type l | sort | xargs -n 1 readlink; }) | sha256sum; }
