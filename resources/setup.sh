@@ -51,9 +51,15 @@ need_tests() {
 # What boots Linux pods in an emulated host.
 need_nested() {
     apt_need qemu-system-x86_64 qemu-system-x86
-    apt_need cpio cpio
+    apt_need cc build-essential
+    apt_need mkfs.ext4 e2fsprogs
     apt_need lz4 lz4
+    apt_need xz xz-utils
+    apt_need zstd zstd
     apt_need python3 python3
     # The static one: its command has the same name as the other.
-    if ! file -L /bin/busybox 2>/dev/null | grep -q "statically linked"; then apt_need /none busybox-static; fi
+    case $(ldd /bin/busybox 2>&1 || true) in
+        *"not a dynamic executable"* | *"statically linked"*) ;;
+        *) apt_need /none busybox-static ;;
+    esac
 }
