@@ -5,11 +5,11 @@ mod snapshot;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use podvisor_api::types::{VmConfig, VmRemoveDevice, VmmPingResponse};
+use podvisor_api::types::{DiskConfig, FsConfig, VmConfig, VmRemoveDevice, VmmPingResponse, VsockConfig};
 use podvisor_api::{JsonError, from_json};
 
 use crate::pod::{Events, PodError, PodSlot};
-use crate::registry::Addition;
+use crate::registry::{AddedNet, Addition};
 
 /// A request, as the handlers need it.
 #[derive(Clone, Copy, Debug)]
@@ -147,7 +147,7 @@ const ENDPOINTS: &[Endpoint] = &[
         "vm.add-disk",
         Body::Needed,
         "The disk could not be added to the VM",
-        add_disk,
+        add_section::<DiskConfig>,
     ),
     put(
         "vm.add-net",
@@ -155,12 +155,17 @@ const ENDPOINTS: &[Endpoint] = &[
         "The network device could not be added to the VM",
         add_net,
     ),
-    put("vm.add-fs", Body::Needed, "The fs could not be added to the VM", add_fs),
+    put(
+        "vm.add-fs",
+        Body::Needed,
+        "The fs could not be added to the VM",
+        add_section::<FsConfig>,
+    ),
     put(
         "vm.add-vsock",
         Body::Needed,
         "The vsock device could not be added to the VM",
-        add_vsock,
+        add_section::<VsockConfig>,
     ),
     put(
         "vm.remove-device",
@@ -292,29 +297,22 @@ fn create(state: &mut State<'_>, body: &[u8]) -> Outcome {
 }
 
 /// 200 with where the device is when the pod runs, 204 when it is only configured.
-fn add(state: &mut State<'_>, addition: &Addition) -> Outcome {
+fn add(state: &mut State<'_>, addition: &dyn Addition) -> Outcome {
     match state.pod.add(addition, state.events)? {
         Some(info) => json(&info),
         None => done(),
     }
 }
 
-fn add_disk(state: &mut State<'_>, body: &[u8]) -> Outcome {
-    add(state, &Addition::Disk(parse(body)?))
+/// As [`add`], for a device that is its section of the configuration alone.
+fn add_section<T: Addition + serde::de::DeserializeOwned>(state: &mut State<'_>, body: &[u8]) -> Outcome {
+    add(state, &parse::<T>(body)?)
 }
 
 fn add_net(state: &mut State<'_>, body: &[u8]) -> Outcome {
     let config = parse(body)?;
-    let files = std::mem::take(&mut state.files);
-    add(state, &Addition::Net(config, Arc::new(files)))
-}
-
-fn add_fs(state: &mut State<'_>, body: &[u8]) -> Outcome {
-    add(state, &Addition::Fs(parse(body)?))
-}
-
-fn add_vsock(state: &mut State<'_>, body: &[u8]) -> Outcome {
-    add(state, &Addition::Vsock(parse(body)?))
+    let fds = Arc::new(std::mem::take(&mut state.files));
+    add(state, &AddedNet { config, fds })
 }
 
 fn remove_device(state: &mut State<'_>, body: &[u8]) -> Outcome {

@@ -297,7 +297,7 @@ impl PodSlot {
     ///
     /// # Errors
     /// When the device cannot be; nothing has changed then.
-    pub fn add(&mut self, addition: &Addition, events: &mut Events) -> Result<Option<PciDeviceInfo>, PodError> {
+    pub fn add(&mut self, addition: &dyn Addition, events: &mut Events) -> Result<Option<PciDeviceInfo>, PodError> {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
         if let Some(id) = addition.known(&pod.plan.config) {
             let devices = pod.running.as_ref().map(|r| r.machine.devices()).unwrap_or_default();

@@ -1,0 +1,63 @@
+//! Disks: the `disks` section and `vm.add-disk`.
+
+use podvisor_api::types::{DiskConfig, VmConfig};
+use podvisor_devices::virtio::blk::{Blk, BlkOptions};
+
+use super::{Addition, Kind, RegistryError, Wanted, failed, last};
+use crate::config::Descriptors;
+
+/// The kind.
+pub(super) const KIND: Kind = Kind {
+    name: "disk",
+    make: disks,
+    ids: |config| config.disks.iter_mut().flatten().map(|d| &mut d.id).collect(),
+    take_out: |config, id| {
+        config
+            .disks
+            .iter_mut()
+            .for_each(|list| list.retain(|d| d.id.as_deref() != Some(id)));
+    },
+};
+
+impl Addition for DiskConfig {
+    fn put(&self, config: &mut VmConfig) -> Result<(), &'static str> {
+        config.disks.get_or_insert_default().push(self.clone());
+        Ok(())
+    }
+
+    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+        make_disk("disk", last(config.disks())?)
+    }
+}
+
+fn disks(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+    let make = |(index, disk)| make_disk(&format!("disks[{index}]"), disk);
+    config.disks().iter().enumerate().map(make).collect()
+}
+
+fn make_disk(section: &str, disk: &DiskConfig) -> Result<Wanted, RegistryError> {
+    let field = |name: &str| format!("{section}.{name}");
+    let path = disk
+        .path
+        .clone()
+        .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
+    let num_queues = u16::try_from(disk.num_queues).map_err(|e| failed(field("num_queues"), e))?;
+    let options = BlkOptions {
+        readonly: disk.readonly,
+        direct: disk.direct,
+        serial: disk.serial.clone(),
+        num_queues,
+        queue_size: disk.queue_size,
+        disable_io_uring: disk.disable_io_uring,
+        sparse: disk.sparse,
+        ..BlkOptions::new(path.clone())
+    };
+    let device = Blk::open(options).map_err(|e| failed(format!("{} {}", field("path"), path.display()), e))?;
+    Ok(Wanted {
+        id: disk.id.clone().unwrap_or_default(),
+        kind: "disk",
+        segment: disk.pci_segment,
+        slot: disk.pci_device_id,
+        device: Box::new(device),
+    })
+}

@@ -1,0 +1,60 @@
+//! File systems: the `fs` section and `vm.add-fs`.
+
+use podvisor_api::types::{FsConfig, VmConfig};
+use podvisor_devices::virtio::fs::{Fs, FsOptions};
+
+use super::{Addition, Kind, RegistryError, Wanted, failed, last};
+use crate::config::Descriptors;
+
+/// The kind.
+pub(super) const KIND: Kind = Kind {
+    name: "fs",
+    make: fs,
+    ids: |config| config.fs.iter_mut().flatten().map(|d| &mut d.id).collect(),
+    take_out: |config, id| {
+        config
+            .fs
+            .iter_mut()
+            .for_each(|list| list.retain(|d| d.id.as_deref() != Some(id)));
+    },
+};
+
+impl Addition for FsConfig {
+    fn put(&self, config: &mut VmConfig) -> Result<(), &'static str> {
+        config.fs.get_or_insert_default().push(self.clone());
+        Ok(())
+    }
+
+    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+        make_fs("fs", last(config.fs())?)
+    }
+}
+
+fn fs(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+    let make = |(index, fs)| make_fs(&format!("fs[{index}]"), fs);
+    config.fs().iter().enumerate().map(make).collect()
+}
+
+fn make_fs(section: &str, fs: &FsConfig) -> Result<Wanted, RegistryError> {
+    let field = |name: &str| format!("{section}.{name}");
+    let dir = fs.shared_dir.clone().ok_or_else(|| {
+        failed(
+            field("socket"),
+            "a vhost-user file system is not supported yet; give shared_dir, which this monitor serves itself",
+        )
+    })?;
+    let options = FsOptions {
+        readonly: fs.readonly,
+        num_queues: u16::try_from(fs.num_queues).map_err(|e| failed(field("num_queues"), e))?,
+        queue_size: fs.queue_size,
+        ..FsOptions::new(fs.tag.clone(), dir.clone())
+    };
+    let device = Fs::new(options).map_err(|e| failed(format!("{} {}", field("shared_dir"), dir.display()), e))?;
+    Ok(Wanted {
+        id: fs.id.clone().unwrap_or_default(),
+        kind: "fs",
+        segment: fs.pci_segment,
+        slot: None,
+        device: Box::new(device),
+    })
+}

@@ -1,0 +1,141 @@
+//! Which virtio devices a configuration asks for: one file a kind, with its section of the configuration, and one line in
+//! [`KINDS`]. The machine puts them on PCI without knowing what they are.
+
+mod console;
+mod disk;
+mod fs;
+mod net;
+mod rng;
+mod vsock;
+
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use podvisor_api::types::VmConfig;
+use podvisor_devices::virtio::device::VirtioDevice;
+
+pub(crate) use self::console::{open_output, stdin, stdout, unsupported_mode};
+pub use self::net::AddedNet;
+use crate::config::Descriptors;
+
+/// A device that the configuration asks for.
+pub struct Wanted {
+    /// Its name in the API.
+    pub id: String,
+    /// Its kind: the name in [`KINDS`].
+    pub kind: &'static str,
+    /// PCI segment.
+    pub segment: u16,
+    /// PCI slot, if one was asked for.
+    pub slot: Option<u8>,
+    /// The device.
+    pub device: Box<dyn VirtioDevice>,
+}
+
+/// Why a device cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("{field}")]
+pub struct RegistryError {
+    /// The configuration field, with its value where that helps.
+    pub field: String,
+    /// Why.
+    pub source: Box<dyn Error + Send + Sync>,
+}
+
+fn failed(field: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> RegistryError {
+    RegistryError {
+        field: field.into(),
+        source: source.into(),
+    }
+}
+
+/// A kind of device, as its section of the configuration has it.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    /// Its name; devices without one are named after it (`_disk0`).
+    pub name: &'static str,
+    /// Makes all devices of the section.
+    pub make: fn(&VmConfig, &Descriptors) -> Result<Vec<Wanted>, RegistryError>,
+    /// The names of the section's devices, where they can be given or assigned.
+    pub ids: fn(&mut VmConfig) -> Vec<&mut Option<String>>,
+    /// Takes the device of that name out of the section, if it is there.
+    pub take_out: fn(&mut VmConfig, &str),
+}
+
+/// All kinds, in the order of their PCI slots. A new device is a line here.
+const KINDS: &[Kind] = &[console::KIND, disk::KIND, net::KIND, rng::KIND, fs::KIND, vsock::KIND];
+
+/// Makes every device that `config` asks for. Identifiers must have been assigned ([`assign_ids`]).
+///
+/// # Errors
+/// The first device that cannot be made; those made before are dropped.
+pub fn devices(config: &VmConfig, descriptors: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+    let mut all = Vec::new();
+    for kind in KINDS {
+        all.extend((kind.make)(config, descriptors)?);
+    }
+    Ok(all)
+}
+
+/// A device that is added to a pod: before its boot to the configuration, afterwards to the machine too.
+pub trait Addition {
+    /// Puts its section into `config`.
+    ///
+    /// # Errors
+    /// When the pod can have only one such device and has it.
+    fn put(&self, config: &mut VmConfig) -> Result<(), &'static str>;
+
+    /// Makes the device as `config`, which it was put into last, has it: with its name.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError>;
+
+    /// The descriptors that came with it, and whose they are in `config`, which it was put into last.
+    fn descriptors(&self, _config: &VmConfig) -> Option<(String, Arc<Vec<OwnedFd>>)> {
+        None
+    }
+
+    /// The device of `config` that this is once more.
+    fn known<'c>(&self, _config: &'c VmConfig) -> Option<&'c str> {
+        None
+    }
+}
+
+/// The section that was put in last.
+fn last<T>(list: &[T]) -> Result<&T, RegistryError> {
+    list.last()
+        .ok_or_else(|| failed("the new device", "it is not in the configuration"))
+}
+
+/// Takes the device named `id` out of `config`; whether it was there.
+pub fn take_out(config: &mut VmConfig, id: &str) -> bool {
+    let count = |config: &mut VmConfig| KINDS.iter().map(|kind| (kind.ids)(config).len()).sum::<usize>();
+    let before = count(config);
+    for kind in KINDS {
+        (kind.take_out)(config, id);
+    }
+    before != count(config)
+}
+
+/// Names the devices that have no name, as Cloud Hypervisor does (`_disk0`, `_fs1`, …).
+pub fn assign_ids(config: &mut VmConfig) {
+    let mut taken: Vec<String> = Vec::new();
+    for kind in KINDS {
+        taken.extend((kind.ids)(config).into_iter().filter_map(|id| id.clone()));
+    }
+    let mut next = 0u32;
+    let mut name = |kind: &str| loop {
+        let id = format!("_{kind}{next}");
+        next = next.saturating_add(1);
+        if !taken.contains(&id) {
+            return id;
+        }
+    };
+    for kind in KINDS {
+        for id in (kind.ids)(config) {
+            id.get_or_insert_with(|| name(kind.name));
+        }
+    }
+}

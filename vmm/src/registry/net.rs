@@ -1,0 +1,128 @@
+//! Network devices: the `net` section and `vm.add-net`, whose descriptors come beside the request.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use podvisor_api::types::{NetConfig, VmConfig};
+use podvisor_devices::virtio::net::{HostInterface, Net, NetOptions};
+
+use super::{Addition, Kind, RegistryError, Wanted, failed, last};
+use crate::config::Descriptors;
+
+/// The kind.
+pub(super) const KIND: Kind = Kind {
+    name: "net",
+    make: nets,
+    ids: |config| config.net.iter_mut().flatten().map(|d| &mut d.id).collect(),
+    take_out: |config, id| {
+        config
+            .net
+            .iter_mut()
+            .for_each(|list| list.retain(|d| d.id.as_deref() != Some(id)));
+    },
+};
+
+/// A network device that is added, with the descriptors of its TAP queues, if they came with the request.
+#[derive(Debug)]
+pub struct AddedNet {
+    /// Its section.
+    pub config: NetConfig,
+    /// The descriptors.
+    pub fds: Arc<Vec<OwnedFd>>,
+}
+
+impl Addition for AddedNet {
+    fn put(&self, config: &mut VmConfig) -> Result<(), &'static str> {
+        config.net.get_or_insert_default().push(self.config.clone());
+        Ok(())
+    }
+
+    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+        make_net("net", last(config.net())?, Some(&self.fds))
+    }
+
+    fn descriptors(&self, config: &VmConfig) -> Option<(String, Arc<Vec<OwnedFd>>)> {
+        let id = config.net().last()?.id.clone()?;
+        (!self.fds.is_empty()).then(|| (id, Arc::clone(&self.fds)))
+    }
+
+    /// A shim sends the network devices that it has added before again, and knows them by their MAC address.
+    fn known<'c>(&self, config: &'c VmConfig) -> Option<&'c str> {
+        let mac = self.config.mac.as_deref()?;
+        let same = |other: &&NetConfig| other.mac.as_deref().is_some_and(|m| m.eq_ignore_ascii_case(mac));
+        config.net().iter().find(same)?.id.as_deref()
+    }
+}
+
+fn nets(config: &VmConfig, descriptors: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+    let make = |(index, net): (usize, &NetConfig)| {
+        let fds = net.id.as_ref().and_then(|id| descriptors.get(id));
+        make_net(&format!("net[{index}]"), net, fds)
+    };
+    config.net().iter().enumerate().map(make).collect()
+}
+
+/// The six bytes of a MAC address.
+fn mac(section: &str, field: &str, text: Option<&str>) -> Result<Option<[u8; 6]>, RegistryError> {
+    let Some(text) = text else { return Ok(None) };
+    let refuse = || {
+        failed(
+            format!("{section}.{field} {text:?}"),
+            "not a MAC address such as 52:54:00:12:34:56",
+        )
+    };
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2))
+        .collect::<Option<_>>()
+        .ok_or_else(refuse)?;
+    bytes.try_into().map(Some).map_err(|_| refuse())
+}
+
+/// A device on the TAP queues of `fds`, if there are any: those are left as they were set up; else on the interface that the
+/// section names.
+fn make_net(section: &str, net: &NetConfig, fds: Option<&Arc<Vec<OwnedFd>>>) -> Result<Wanted, RegistryError> {
+    let field = |name: &str| format!("{section}.{name}");
+    if net.vhost_user {
+        return Err(failed(
+            field("vhost_user"),
+            "vhost-user networks are not supported yet; give a TAP interface",
+        ));
+    }
+    if net.rate_limiter_config.is_some() {
+        return Err(failed(
+            field("rate_limiter_config"),
+            "limits are not supported yet; leave it out",
+        ));
+    }
+    let fds = fds.filter(|fds| !fds.is_empty());
+    let options = NetOptions {
+        mac: mac(section, "mac", net.mac.as_deref())?,
+        mtu: net.mtu.filter(|_| fds.is_none()),
+        num_queues: u16::try_from(net.num_queues).map_err(|e| failed(field("num_queues"), e))?,
+        queue_size: net.queue_size,
+        offload_tso: net.offload_tso,
+        offload_ufo: net.offload_ufo,
+        offload_csum: net.offload_csum,
+        ..NetOptions::default()
+    };
+    let device = if let Some(fds) = fds {
+        let copies: io::Result<Vec<OwnedFd>> = fds.iter().map(OwnedFd::try_clone).collect();
+        Net::from_fds(&options, copies.map_err(|e| failed(field("fds"), e))?)
+    } else {
+        let host = HostInterface {
+            name: net.tap.clone(),
+            mac: mac(section, "host_mac", net.host_mac.as_deref())?,
+            address: Some((net.ip, net.mask)),
+        };
+        Net::open(&options, &host)
+    };
+    Ok(Wanted {
+        id: net.id.clone().unwrap_or_default(),
+        kind: "net",
+        segment: net.pci_segment,
+        slot: net.pci_device_id,
+        device: Box::new(device.map_err(|e| failed(section, e))?),
+    })
+}

@@ -1,0 +1,45 @@
+//! The vsock, of which a pod has one: the `vsock` section and `vm.add-vsock`.
+
+use podvisor_api::types::{VmConfig, VsockConfig};
+use podvisor_devices::virtio::vsock::{Vsock, VsockOptions};
+
+use super::{Addition, Kind, RegistryError, Wanted, failed, last};
+use crate::config::Descriptors;
+
+/// The kind.
+pub(super) const KIND: Kind = Kind {
+    name: "vsock",
+    make: vsock,
+    ids: |config| config.vsock.iter_mut().map(|d| &mut d.id).collect(),
+    take_out: |config, id| drop(config.vsock.take_if(|d| d.id.as_deref() == Some(id))),
+};
+
+impl Addition for VsockConfig {
+    fn put(&self, config: &mut VmConfig) -> Result<(), &'static str> {
+        if config.vsock.is_some() {
+            return Err("the pod has a vsock already; it can have one");
+        }
+        config.vsock = Some(self.clone());
+        Ok(())
+    }
+
+    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+        make_vsock(last(config.vsock.as_slice())?)
+    }
+}
+
+fn vsock(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+    config.vsock.iter().map(make_vsock).collect()
+}
+
+fn make_vsock(vsock: &VsockConfig) -> Result<Wanted, RegistryError> {
+    let options = VsockOptions::new(u64::from(vsock.cid), vsock.socket.clone());
+    let device = Vsock::new(options).map_err(|e| failed(format!("vsock.socket {}", vsock.socket.display()), e))?;
+    Ok(Wanted {
+        id: vsock.id.clone().unwrap_or_default(),
+        kind: "vsock",
+        segment: vsock.pci_segment,
+        slot: None,
+        device: Box::new(device),
+    })
+}
