@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::from_json;
+use crate::types::PayloadConfig;
 use crate::types::VmConfig;
 use serde_json::{Value, json};
 
