@@ -55,6 +55,8 @@ pub struct PodPlan {
     pub expect_digest: Option<[u8; 48]>,
     /// Descriptors that came with requests, by the name of the device they are for; a reboot uses them again.
     pub descriptors: Descriptors,
+    /// PCI slots that devices have to be in, by their names, whatever the configuration says: those of a snapshot.
+    pub slots: BTreeMap<String, u8>,
 }
 
 /// Why a configuration is refused. Names the field, the value and the remedy.
@@ -148,6 +150,7 @@ impl PodPlan {
             host_data,
             expect_digest,
             descriptors: Descriptors::new(),
+            slots: BTreeMap::new(),
             config,
         })
     }

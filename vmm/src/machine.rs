@@ -464,7 +464,8 @@ fn add_devices(
     let mut subscribers: Subscribers = Vec::new();
     subscribers.extend(chipset.subscribers().into_iter().map(|s| (String::new(), s)));
     let mut devices = Vec::new();
-    for wanted in registry::devices(&plan.config, &plan.descriptors).during("devices")? {
+    for mut wanted in registry::devices(&plan.config, &plan.descriptors).during("devices")? {
+        wanted.slot = plan.slots.get(&wanted.id).copied().or(wanted.slot);
         let (device, subscriber) = plug.put(&chipset, wanted)?;
         subscribers.push((device.id.clone(), subscriber));
         devices.push(device);

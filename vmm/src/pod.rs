@@ -259,7 +259,8 @@ impl PodSlot {
             )));
         }
         let saved = snapshot::read(&snapshot::directory("source_url", &wanted.source_url)?)?;
-        let plan = PodPlan::new(saved.config, self.expect_digest)?;
+        let mut plan = PodPlan::new(saved.config, self.expect_digest)?;
+        plan.slots = saved.state.slots();
         if plan.isolation != Isolation::None {
             return Err(PodError::Unsaved(BootError::new(
                 "config.json: a confidential pod has no snapshot that could be restored",

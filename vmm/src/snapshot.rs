@@ -17,9 +17,11 @@ use crate::machine::MachineState;
 use crate::memory::GuestRam;
 
 /// The format that this version writes and reads.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
+/// The state before it is whole.
+const UNFINISHED: &str = "state.json.part";
 const MEMORY: &str = "memory-ranges";
 /// More than any state of ours: 64 MiB.
 const MAX_JSON: u64 = 64 << 20;
@@ -135,6 +137,10 @@ fn write_files(
     ram: &GuestRam,
     made: &mut Vec<PathBuf>,
 ) -> Result<(), SnapshotError> {
+    let finished = dir.join(STATE);
+    if finished.symlink_metadata().is_ok() {
+        return Err(at(&finished)(io::ErrorKind::AlreadyExists.into()));
+    }
     let mut new = |name: &str| {
         let path = dir.join(name);
         let file = create(&path)?;
@@ -144,9 +150,12 @@ fn write_files(
     let (path, mut file) = new(CONFIG)?;
     let text = serde_json::to_vec_pretty(config).map_err(|e| broken(&path, e.to_string()))?;
     file.write_all(&text).map_err(at(&path))?;
+    file.sync_all().map_err(at(&path))?;
     let (path, file) = new(MEMORY)?;
     write_memory(&file, ram).map_err(at(&path))?;
-    let (path, mut file) = new(STATE)?;
+    file.sync_all().map_err(at(&path))?;
+    // What has this name is whole, whenever the machine or the disk gives up.
+    let (path, mut file) = new(UNFINISHED)?;
     let state = serde_json::to_value(state).map_err(|e| broken(&path, e.to_string()))?;
     let whole = StateFile {
         podvisor_snapshot: VERSION,
@@ -155,7 +164,11 @@ fn write_files(
         state,
     };
     let text = serde_json::to_vec(&whole).map_err(|e| broken(&path, e.to_string()))?;
-    file.write_all(&text).map_err(at(&path))
+    file.write_all(&text).map_err(at(&path))?;
+    file.sync_all().map_err(at(&path))?;
+    fs::rename(&path, &finished).map_err(at(&finished))?;
+    made.push(finished);
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))
 }
 
 fn checksum(state: &Value) -> String {

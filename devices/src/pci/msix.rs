@@ -5,6 +5,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::platform::{MsiMessage, MsiVectors};
@@ -26,6 +27,14 @@ pub struct Msix {
     /// Which vectors are routed, for [`Msix::trigger`] without the lock.
     live: Vec<AtomicBool>,
     state: Mutex<State>,
+}
+
+/// What a snapshot holds of it: the table and the pending bits. Whether it is on is in configuration space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    table: Vec<[u8; ENTRY]>,
+    pending: Vec<bool>,
 }
 
 struct State {
@@ -185,6 +194,33 @@ impl Msix {
     #[must_use]
     pub fn eventfd(&self, index: u16) -> Option<EventFd> {
         self.vectors.eventfd(index)
+    }
+
+    /// The table and the pending bits.
+    #[must_use]
+    pub fn save(&self) -> MsixState {
+        let state = lock(&self.state);
+        MsixState {
+            table: state.table.clone(),
+            pending: state.pending.clone(),
+        }
+    }
+
+    /// Takes over a table and pending bits; false when they are not those of so many vectors.
+    pub fn restore(&self, saved: &MsixState) -> bool {
+        let count = self.live.len();
+        if saved.table.len() != count || saved.pending.len() != count {
+            return false;
+        }
+        for (offset, entry) in (0..).step_by(ENTRY).zip(&saved.table) {
+            self.write_table(offset, entry);
+        }
+        let mut state = lock(&self.state);
+        state.pending.clone_from(&saved.pending);
+        for index in 0..count {
+            self.apply(&mut state, index);
+        }
+        true
     }
 
     /// The guest reads the table.

@@ -11,6 +11,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
@@ -18,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
+use super::state::{self, StateError};
 use crate::memory::{PodMemory, Reclaim};
 
 /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM` (virtio 1.2 5.5.3): the driver may take pages back rather than kill for them.
@@ -110,6 +113,16 @@ struct Counters {
     reported: u64,
     refused: u64,
     failed: u64,
+}
+
+/// What a snapshot holds: numbers of pages.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    wanted: u32,
+    actual: u32,
+    /// What the driver was told last, if there is one.
+    told: Option<u32>,
 }
 
 struct Active {
@@ -360,6 +373,27 @@ impl VirtioDevice for Balloon {
         for index in 0..self.queue_sizes.len() {
             self.serve(index)?;
         }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        let told = self.active.as_ref().map(|active| active.told);
+        state::value(&Saved {
+            wanted: self.shared.wanted.load(Ordering::Acquire),
+            actual: self.shared.actual.load(Ordering::Acquire),
+            told,
+        })
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        let saved: Saved = state::parse(state)?;
+        self.shared.wanted.store(saved.wanted, Ordering::Release);
+        self.shared.actual.store(saved.actual, Ordering::Release);
+        if let (Some(active), Some(told)) = (&mut self.active, saved.told) {
+            active.told = told;
+        }
+        // Full: it is readable already.
+        let _ = self.shared.event.write(1);
         Ok(())
     }
 

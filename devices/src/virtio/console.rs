@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
@@ -17,6 +18,7 @@ use vm_memory::Bytes;
 use self::host::HostEnd;
 pub use self::host::{ConsoleOutput, nonblocking};
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
+use super::state::StateError;
 use crate::memory::PodMemory;
 
 /// Size of the two queues.
@@ -270,6 +272,10 @@ impl VirtioDevice for Console {
         self.host.on_ready();
         self.receive()?;
         self.transmit()
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        Ok(Value::Null)
     }
 
     fn reset(&mut self) {

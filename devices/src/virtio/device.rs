@@ -7,10 +7,12 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde_json::Value;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::{QueuePosition, StateError};
 use crate::memory::PodMemory;
 
 /// Raises a queue's interrupt.
@@ -58,6 +60,8 @@ pub struct ActiveQueue {
     /// Chains given back one by one since the last signal.
     single: u16,
     doorbell: Option<EventFd>,
+    /// Where it stands, for the transport.
+    position: Arc<QueuePosition>,
 }
 
 /// A queue for someone else to run: see [`ActiveQueue::into_parts`].
@@ -75,6 +79,7 @@ pub struct QueueParts {
 impl ActiveQueue {
     /// Wraps a queue that the transport has validated.
     pub fn new(index: usize, queue: Queue, interrupt: Arc<dyn QueueInterrupt>) -> Self {
+        let position = QueuePosition::new(queue.next_avail(), queue.next_used());
         Self {
             index,
             queue,
@@ -82,7 +87,17 @@ impl ActiveQueue {
             batched: None,
             single: 0,
             doorbell: None,
+            position: Arc::new(position),
         }
+    }
+
+    /// Where the queue stands, for as long as a device runs it.
+    pub(super) fn position(&self) -> Arc<QueuePosition> {
+        Arc::clone(&self.position)
+    }
+
+    fn moved(&self) {
+        self.position.set(self.queue.next_avail(), self.queue.next_used());
     }
 
     /// Hands the doorbell over with the queue, for a device that [`VirtioDevice::handles_doorbell`].
@@ -95,6 +110,7 @@ impl ActiveQueue {
     /// Takes the queue apart, for a device that has another process run it; None if its doorbell did not come with it.
     #[must_use]
     pub fn into_parts(self) -> Option<QueueParts> {
+        self.position.lose();
         Some(QueueParts {
             index: self.index,
             queue: self.queue,
@@ -120,15 +136,22 @@ impl ActiveQueue {
         let mut iter = self.queue.iter(Arc::clone(memory)).map_err(broken)?;
         // There is an entry: not getting it means that its slot cannot be read. `None` would make a device that
         // polls until the ring is empty spin for ever.
-        match iter.next() {
-            Some(chain) => Ok(Some(chain)),
-            None => Err(broken(virtio_queue::Error::InvalidAvailRingIndex)),
-        }
+        let chain = iter
+            .next()
+            .ok_or_else(|| broken(virtio_queue::Error::InvalidAvailRingIndex))?;
+        self.moved();
+        Ok(Some(chain))
     }
 
     /// Puts the last popped chain back, to be popped again later.
     pub fn undo_pop(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        self.undo_pops(1);
+    }
+
+    /// Puts the last `count` popped chains back, none of which was given back since.
+    pub fn undo_pops(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+        self.moved();
     }
 
     /// Gives the chain starting at `head` back to the driver with `len` bytes written.
@@ -140,7 +163,9 @@ impl ActiveQueue {
         self.single = self.single.wrapping_add(1);
         self.queue
             .add_used(memory.as_ref(), head, len)
-            .map_err(|source| DeviceError::Queue { index, source })
+            .map_err(|source| DeviceError::Queue { index, source })?;
+        self.moved();
+        Ok(())
     }
 
     /// Gives several chains back at once, as (head, length): the driver sees all of them or none (virtio 1.2
@@ -173,6 +198,7 @@ impl ActiveQueue {
             .store(next.to_le(), GuestAddress(at), Ordering::Release)
             .map_err(|e| broken(virtio_queue::Error::GuestMemory(e)))?;
         self.queue.set_next_used(next);
+        self.moved();
         let count = u16::try_from(used.len()).unwrap_or(u16::MAX);
         self.batched = Some(self.batched.unwrap_or(0).wrapping_add(count));
         Ok(())
@@ -326,6 +352,25 @@ pub trait VirtioDevice: Send {
     }
     /// Drops the queues and all state of the driver; in-flight host I/O is finished or cancelled before it returns.
     fn reset(&mut self);
+    /// Comes to rest for a snapshot, and tells what is to be kept beside the features and the queues' places: no chain is
+    /// popped and not given back when it returns. Afterwards the device goes on as if nothing had been. May be called
+    /// while not active.
+    ///
+    /// # Errors
+    /// When it has something that cannot be kept, in words that say what to do.
+    fn save(&mut self) -> Result<Value, StateError> {
+        Err(StateError::Refused(
+            "a device of this kind cannot be saved: take it out of the pod first (vm.remove-device)".to_owned(),
+        ))
+    }
+    /// Takes over what [`VirtioDevice::save`] gave, in a device with the same options: after [`VirtioDevice::activate`] if
+    /// the driver was using it, with queues that stand where they were. All queues are looked at once after this.
+    ///
+    /// # Errors
+    /// When the state cannot be that of such a device: it comes from a file.
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        super::state::nothing(&state)
+    }
     /// Counters of this device, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

@@ -11,6 +11,7 @@ pub mod net;
 pub mod pci;
 pub mod pmem;
 pub mod rng;
+pub mod state;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod vhost_user;

@@ -5,6 +5,7 @@
 mod interrupt;
 mod queues;
 mod registers;
+mod saved;
 mod subscriber;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use self::interrupt::{Interrupt, NO_VECTOR};
 use self::queues::{FrozenQueues, QueueConfig, QueueSetup};
 pub use self::subscriber::VirtioPciSubscriber;
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
+use super::state::{Place, QueuePosition};
 use crate::memory::PodMemory;
 use crate::pci::config::{ConfigError, ConfigSpace, Identity};
 use crate::pci::msix::{MAX_VECTORS, MSIX_CAPABILITY, Msix};
@@ -124,8 +126,8 @@ pub enum TransportError {
 enum Phase {
     /// The driver configures; the device has no queues.
     Configuring(QueueSetup),
-    /// The queues are in the device; their registers can only be read.
-    Active(FrozenQueues),
+    /// The queues are in the device; their registers can only be read. With where each queue stands.
+    Active(FrozenQueues, Vec<Option<Arc<QueuePosition>>>),
     /// The device failed, or could not be activated; only a reset helps.
     Failed(FrozenQueues),
 }
@@ -134,7 +136,7 @@ impl Phase {
     fn queue(&self, index: u16) -> Option<&QueueConfig> {
         match self {
             Self::Configuring(setup) => setup.get(index),
-            Self::Active(frozen) | Self::Failed(frozen) => frozen.get(index),
+            Self::Active(frozen, _) | Self::Failed(frozen) => frozen.get(index),
         }
     }
 }
@@ -263,15 +265,7 @@ impl VirtioPci {
     /// Whether the driver is running the device.
     #[must_use]
     pub fn is_active(&self) -> bool {
-        matches!(self.phase, Phase::Active(_))
-    }
-
-    /// Whether no driver has begun with the device: its registers are as after a reset, but for the PCI settings.
-    #[must_use]
-    pub fn is_untouched(&self) -> bool {
-        let mut control = [0; 2];
-        self.config.read(self.msix_cap + 2, &mut control);
-        matches!(self.phase, Phase::Configuring(_)) && self.status == 0 && u16::from_le_bytes(control) >> 14 == 0
+        matches!(self.phase, Phase::Active(..))
     }
 
     /// The device, for what the monitor asks of it at run time.
@@ -328,43 +322,53 @@ impl VirtioPci {
         }
         self.status |= new;
         if new & driver_ok != 0 {
-            self.activate();
+            match self.activate(&[]) {
+                Ok(()) => self.hypervisor.stepped(&self.id, DeviceStep::Activated),
+                Err(reason) => self.fail(&reason),
+            }
         }
     }
 
-    /// Checks the queues and moves them into the device.
-    fn activate(&mut self) {
+    /// Checks the queues, which stand at `places`, and moves them into the device.
+    fn activate(&mut self, places: &[Option<Place>]) -> Result<(), String> {
         let empty = Phase::Configuring(QueueSetup::new(&[]));
         let Phase::Configuring(setup) = std::mem::replace(&mut self.phase, empty) else {
             // DRIVER_OK comes only once between two resets: the status bit never goes.
-            return;
+            return Ok(());
         };
         let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let (frozen, queues) = setup.freeze(&self.memory, event_idx);
+        let (frozen, queues) = setup.freeze(&self.memory, event_idx, places);
         let outcome = queues.map_err(|e| e.to_string()).and_then(|queues| {
             let queues = queues.into_iter().enumerate();
+            let queues: Vec<_> = queues
+                .map(|(index, queue)| queue.map(|q| self.active_queue(index, q)).transpose())
+                .collect::<io::Result<_>>()
+                .map_err(|e| format!("handing over a doorbell: {e}"))?;
+            let positions = queues.iter().map(|q| q.as_ref().map(ActiveQueue::position)).collect();
             let activation = Activation {
                 memory: Arc::clone(&self.memory),
                 features: self.driver_features,
-                queues: queues
-                    .map(|(index, queue)| queue.map(|q| self.active_queue(index, q)).transpose())
-                    .collect::<io::Result<_>>()
-                    .map_err(|e| format!("handing over a doorbell: {e}"))?,
+                queues,
                 config_changed: Arc::clone(&self.config_interrupt) as Arc<dyn QueueInterrupt>,
             };
-            self.device.activate(activation).map_err(|e| e.to_string())
+            let outcome = self.device.activate(activation).map_err(|e| e.to_string());
+            outcome.map(|()| positions)
         });
-        self.phase = Phase::Active(frozen);
-        if let Err(reason) = outcome {
-            return self.fail(&reason);
-        }
-        self.hypervisor.stepped(&self.id, DeviceStep::Activated);
+        let positions = match outcome {
+            Ok(positions) => positions,
+            Err(reason) => {
+                self.phase = Phase::Failed(frozen);
+                return Err(reason);
+            }
+        };
+        self.phase = Phase::Active(frozen, positions);
         self.place_doorbells();
         for doorbell in &mut self.doorbells {
             if std::mem::take(&mut doorbell.early) {
                 ring(&doorbell.fd);
             }
         }
+        Ok(())
     }
 
     /// A validated queue as the device gets it.
@@ -393,7 +397,7 @@ impl VirtioPci {
         self.device.reset();
         let empty = Phase::Configuring(QueueSetup::new(&[]));
         self.phase = match std::mem::replace(&mut self.phase, empty) {
-            Phase::Active(frozen) | Phase::Failed(frozen) => Phase::Failed(frozen),
+            Phase::Active(frozen, _) | Phase::Failed(frozen) => Phase::Failed(frozen),
             configuring @ Phase::Configuring(_) => configuring,
         };
         self.status |= status(VIRTIO_CONFIG_S_NEEDS_RESET);
@@ -434,7 +438,7 @@ impl VirtioPci {
             return;
         };
         match self.phase {
-            Phase::Active(_) => ring(&doorbell.fd),
+            Phase::Active(..) => ring(&doorbell.fd),
             Phase::Configuring(_) => doorbell.early = true,
             Phase::Failed(_) => {}
         }
@@ -591,7 +595,7 @@ impl VirtioPci {
     /// Runs `f` on the device; a failure needs a reset by the driver.
     fn drive(&mut self, f: impl FnOnce(&mut dyn VirtioDevice) -> Result<(), DeviceError>) -> Result<(), DeviceError> {
         let outcome = f(self.device.as_mut());
-        if let (Err(error), Phase::Active(_)) = (&outcome, &self.phase) {
+        if let (Err(error), Phase::Active(..)) = (&outcome, &self.phase) {
             let reason = error.to_string();
             self.fail(&reason);
         }

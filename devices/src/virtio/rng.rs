@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
@@ -14,6 +15,7 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use super::state::StateError;
 use crate::memory::PodMemory;
 
 /// Size of the one queue.
@@ -208,6 +210,10 @@ impl VirtioDevice for Rng {
         // An error: it is not readable, another turn took it.
         let _ = self.event.read();
         self.service()
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        Ok(Value::Null)
     }
 
     fn reset(&mut self) {

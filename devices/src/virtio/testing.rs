@@ -28,6 +28,7 @@ use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
+use super::state::{Place, QueuePosition};
 use crate::memory::{PodMemory, PodRegion, SharedPages};
 
 const PAGE: u64 = 4096;
@@ -308,12 +309,20 @@ impl TestQueue {
     /// The queue as the transport hands it to the device.
     #[must_use]
     pub fn active(&self, index: usize, event_idx: bool) -> ActiveQueue {
+        self.active_at(index, event_idx, None)
+    }
+
+    fn active_at(&self, index: usize, event_idx: bool, place: Option<Place>) -> ActiveQueue {
         let mut queue = Queue::new(self.size).unwrap();
         queue.set_desc_table_address(u32::try_from(self.desc).ok(), Some(0));
         queue.set_avail_ring_address(u32::try_from(self.avail).ok(), Some(0));
         queue.set_used_ring_address(u32::try_from(self.used).ok(), Some(0));
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
+        if let Some(place) = place {
+            queue.set_next_avail(place.next_avail);
+            queue.set_next_used(place.next_used);
+        }
         let active = ActiveQueue::new(index, queue, Arc::clone(&self.interrupt) as Arc<dyn QueueInterrupt>);
         match &self.doorbell {
             Some(fd) => active.with_doorbell(fd.try_clone().unwrap()),
@@ -335,6 +344,7 @@ pub struct Harness<D: VirtioDevice> {
     /// Counts configuration-change interrupts.
     pub config_interrupt: Arc<CountedInterrupt>,
     next_buffer: u64,
+    positions: Vec<Arc<QueuePosition>>,
 }
 
 impl<D: VirtioDevice> Harness<D> {
@@ -360,6 +370,7 @@ impl<D: VirtioDevice> Harness<D> {
             queues,
             config_interrupt: Arc::default(),
             next_buffer: BUFFERS_START,
+            positions: Vec::new(),
         }
     }
 
@@ -377,19 +388,44 @@ impl<D: VirtioDevice> Harness<D> {
     /// # Errors
     /// The device's.
     pub fn activate_with(&mut self, features: u64) -> Result<(), DeviceError> {
+        self.activate_at(features, &[])
+    }
+
+    fn activate_at(&mut self, features: u64, places: &[Option<Place>]) -> Result<(), DeviceError> {
         let event_idx = features & (1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX) != 0;
-        let queues = self
+        let places = places.iter().copied().chain(std::iter::repeat(None));
+        let queues: Vec<_> = self
             .queues
             .iter()
             .enumerate()
-            .map(|(i, q)| Some(q.active(i, event_idx)))
+            .zip(places)
+            .map(|((i, q), place)| q.active_at(i, event_idx, place))
             .collect();
+        self.positions = queues.iter().map(ActiveQueue::position).collect();
+        let queues = queues.into_iter().map(Some).collect();
         self.device.activate(Activation {
             memory: Arc::clone(&self.memory),
             features: features | 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1,
             queues,
             config_changed: Arc::clone(&self.config_interrupt) as Arc<dyn QueueInterrupt>,
         })
+    }
+
+    /// Saves the device and puts its state into `device`, in memory, and under the driver's queues, that are the same:
+    /// what a snapshot and its restore are for a driver. The driver had chosen `features`.
+    ///
+    /// # Errors
+    /// The devices'.
+    pub fn moved_to(&mut self, device: D, features: u64) -> Result<D, super::state::StateError> {
+        let state = self.device.save()?;
+        let places: Vec<_> = self.positions.iter().map(|p| p.get()).collect();
+        let old = mem::replace(&mut self.device, device);
+        self.activate_at(features, &places)?;
+        self.device.restore(state)?;
+        for queue in 0..self.queues.len() {
+            self.kick(queue)?;
+        }
+        Ok(old)
     }
 
     /// The interrupt of `queue`.

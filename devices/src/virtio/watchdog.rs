@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_WATCHDOG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
@@ -15,6 +16,7 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use super::state::{self, StateError};
 use crate::legacy::{ExitReason, ExitSink};
 use crate::memory::PodMemory;
 use crate::rate_limiter::Timer;
@@ -197,6 +199,16 @@ impl VirtioDevice for Watchdog {
         let _ = self.shared.event.read();
         self.restart()?;
         self.serve()
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        Ok(Value::Bool(self.watching))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        self.watching = state::parse(state)?;
+        // A driver that was saved has the whole time again.
+        Ok(self.restart()?)
     }
 
     fn reset(&mut self) {

@@ -19,6 +19,8 @@ const RECEIVE_SPACE: u32 = 256 << 10;
 /// Bytes that a writer may leave unsent in a stream before it should wait.
 pub const SEND_SPACE: usize = 256 << 10;
 const MAX_STREAMS: usize = 64;
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (virtio 1.2 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
 const SHUTDOWN_RECEIVE: u32 = 1;
 const SHUTDOWN_SEND: u32 = 2;
 
@@ -191,6 +193,7 @@ pub struct Vsock {
     rx: Queue,
     tx: Queue,
     events: Queue,
+    event: Shared,
     rx_buffers: Vec<(u16, Shared)>,
     tx_buffers: Vec<(Option<u16>, Shared)>,
     replies: VecDeque<Header>,
@@ -236,6 +239,7 @@ impl Vsock {
             rx,
             tx,
             events,
+            event,
             rx_buffers,
             tx_buffers,
             replies: VecDeque::new(),
@@ -315,6 +319,18 @@ impl Vsock {
                 place.0 = None;
             }
         }
+        while self.events.pop().is_some() {
+            any = true;
+            // The one event there is: the pod goes on from a snapshot, and nobody knows its streams any more.
+            if self.event.get::<u32>(0) == TRANSPORT_RESET {
+                self.replies.clear();
+                for stream in &mut self.streams {
+                    (stream.state, stream.peer_done, stream.peer_gone) = (State::Gone, true, true);
+                }
+            }
+            let _ = self.events.push(&[Piece::Out(self.event)]);
+            self.events.kick();
+        }
         any |= self.send();
         self.rx.kick();
         self.tx.kick();
@@ -323,8 +339,8 @@ impl Vsock {
 
     /// Sleeps until the device has something.
     pub fn wait(&mut self) {
-        crate::idle::wait_for(&[&self.rx, &self.tx]);
-        let _ = (&self.device, &self.events);
+        crate::idle::wait_for(&[&self.rx, &self.tx, &self.events]);
+        let _ = &self.device;
     }
 
     /// Whether the device has taken every packet.

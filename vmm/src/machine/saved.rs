@@ -8,20 +8,17 @@ use std::time::Instant;
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::Kvm;
 use podvisor_devices::bus::Bus;
-use podvisor_devices::pci::PciFunction;
+use podvisor_devices::virtio::state::TransportState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{BootError, BootTimings, DeviceInfo, During, Machine, Subscribers};
+use super::{BootError, BootTimings, Chipset, DeviceInfo, During, Machine, Subscribers};
 use crate::config::PodPlan;
 use crate::cpuid::CpuidTemplate;
 use crate::memory::GuestRam;
 use crate::telling::Telling;
 use crate::vcpu::state::VcpuState;
 use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
-
-/// Command, status and BARs: what a guest without a driver may have set of a PCI function.
-const PCI_SETTINGS: std::ops::Range<u16> = 0x04..0x28;
 
 /// The state of a machine without its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,13 +35,15 @@ pub struct MachineState {
     pub memory: u64,
 }
 
+/// A virtio device.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct DeviceState {
     id: String,
     kind: String,
     segment: u16,
     slot: u8,
-    settings: Vec<u8>,
+    transport: TransportState,
 }
 
 fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, BootError> {
@@ -81,24 +80,57 @@ fn restore_bus(bus: &Bus, name: &str, mut states: BTreeMap<u64, Value>) -> Resul
 }
 
 impl DeviceInfo {
-    /// What is to be kept of a device; refused when its driver has begun with it.
+    fn name(&self) -> String {
+        format!("device {} ({})", self.id, self.kind)
+    }
+
+    /// Brings the device to rest; what is to be kept of it.
     fn save(&self) -> Result<DeviceState, BootError> {
-        let function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.removing || !function.is_untouched() {
+        if self.removing {
             return Err(BootError::new(format!(
-                "device {} ({}) is in use by the guest: this version saves a pod only while no virtio device is in use",
-                self.id, self.kind
+                "{} is on its way out of the pod: save it when the guest has let go of it",
+                self.name()
             )));
         }
-        let mut settings = vec![0; PCI_SETTINGS.len()];
-        function.config().read(PCI_SETTINGS.start, &mut settings);
+        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(DeviceState {
             id: self.id.clone(),
             kind: self.kind.to_owned(),
             segment: self.bdf.segment,
             slot: self.bdf.slot,
-            settings,
+            transport: function.save().during(self.name())?,
         })
+    }
+
+    /// Takes over what was kept; the vCPUs have their state already.
+    fn restore(&self, chipset: &Chipset, saved: &DeviceState) -> Result<(), BootError> {
+        let (have, had) = ((&*self.id, self.kind), (&*saved.id, &*saved.kind));
+        if have != had || (self.bdf.segment, self.bdf.slot) != (saved.segment, saved.slot) {
+            return Err(BootError::new(format!(
+                "{} is at {}, and state.json has {} ({}) in slot {} of segment {}: the devices of config.json cannot be edited",
+                self.name(),
+                self.bdf,
+                saved.id,
+                saved.kind,
+                saved.slot,
+                saved.segment
+            )));
+        }
+        if let Some(root) = chipset.segments.get(usize::from(saved.segment)) {
+            let (offset, settings) = saved.transport.settings();
+            root.write_config(saved.slot, 0, offset, settings);
+        }
+        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        function.restore(&saved.transport).during(self.name())
+    }
+}
+
+impl MachineState {
+    /// Which slot each device is in, by its name.
+    #[must_use]
+    pub fn slots(&self) -> BTreeMap<String, u8> {
+        let slots = self.devices.iter().map(|device| (device.id.clone(), device.slot));
+        slots.collect()
     }
 }
 
@@ -116,6 +148,7 @@ impl Machine {
         if !self.paused() {
             return Err(BootError::new("the pod runs: send vm.pause first"));
         }
+        // Before the vCPUs: coming to rest, a device may interrupt them.
         let devices = self.devices.iter().map(DeviceInfo::save).collect::<Result<_, _>>()?;
         let vm = self.plug.hypervisor.vm();
         let msrs = msr_indices(&super::open_kvm()?)?;
@@ -167,24 +200,6 @@ impl Machine {
         let (chipset, plug, devices, subscribers) = super::add_devices(plan, &vm, &acpi, &ram, None, exit, telling)?;
         restore_bus(&chipset.buses.pio, "pio", state.pio)?;
         restore_bus(&chipset.buses.mmio, "mmio", state.mmio)?;
-        for (have, saved) in devices.iter().zip(&state.devices) {
-            if (&*have.id, have.kind, have.bdf.segment, have.bdf.slot)
-                != (&*saved.id, &*saved.kind, saved.segment, saved.slot)
-            {
-                return Err(BootError::new(format!(
-                    "device {} is at {}, and state.json has {} there: the devices of config.json cannot be edited",
-                    have.id, have.bdf, saved.id
-                )));
-            }
-            if let Some(root) = chipset.segments.get(usize::from(saved.segment)) {
-                root.write_config(saved.slot, 0, PCI_SETTINGS.start, &saved.settings);
-            }
-        }
-        if devices.len() != state.devices.len() {
-            return Err(BootError::new(
-                "config.json and state.json have different numbers of devices",
-            ));
-        }
         vm.set_clock(&kvm_clock_data {
             clock: state.clock,
             ..Default::default()
@@ -192,6 +207,19 @@ impl Machine {
         .during("KVM_SET_CLOCK")?;
         for (index, (fd, vcpu)) in fds.iter().zip(&state.vcpus).enumerate() {
             vcpu.write(fd).during(format!("vCPU {index}"))?;
+        }
+        if devices.len() != state.devices.len() {
+            return Err(BootError::new(format!(
+                "config.json has {} devices, state.json {}: the list of devices cannot be edited",
+                devices.len(),
+                state.devices.len()
+            )));
+        }
+        // After the vCPUs: what may have been on its way is raised again.
+        for device in &devices {
+            let saved = state.devices.iter().find(|saved| saved.id == device.id);
+            let saved = saved.ok_or_else(|| BootError::new(format!("state.json has no {}", device.name())))?;
+            device.restore(&chipset, saved)?;
         }
         let context = VcpuContext {
             io: Arc::clone(&chipset.buses) as _,

@@ -284,6 +284,26 @@ impl Active {
         self.notify(shared, more)
     }
 
+    /// Takes no more from the queues and waits for the host to finish what it works on; all of it is given back then. What
+    /// is still in the queues is come back to.
+    pub(super) fn rest(&mut self, shared: &mut Shared) -> Result<(), DeviceError> {
+        let broken = |source| DeviceError::Host {
+            what: "waiting for disk I/O",
+            source,
+        };
+        while self.engine.in_flight() > 0 {
+            self.engine.flush().map_err(broken)?;
+            self.engine.wait().map_err(broken)?;
+            while let Some((job, result)) = self.engine.next_done() {
+                match Task::next(job, result, &self.memory) {
+                    Next::Step(job) => self.engine.submit(job),
+                    Next::Done(task, status, iovecs) => self.finish(shared, &task, status, iovecs)?,
+                }
+            }
+        }
+        self.notify(shared, true)
+    }
+
     /// One interrupt for each queue that got something back; another turn if there is `more` to do.
     fn notify(&mut self, shared: &Shared, mut more: bool) -> Result<(), DeviceError> {
         let limited = shared.throttle.as_ref().is_some_and(Throttle::is_waiting);

@@ -131,9 +131,19 @@ impl Config {
     pub(super) fn writeback(&self, features: u64) -> bool {
         let has = |bit: u32| features & 1 << bit != 0;
         if has(VIRTIO_BLK_F_CONFIG_WCE) {
-            return self.bytes.get(WRITEBACK) != Some(&0);
+            return self.is_writeback();
         }
         has(VIRTIO_BLK_F_FLUSH)
+    }
+
+    /// What the field says.
+    pub(super) fn is_writeback(&self) -> bool {
+        self.bytes.get(WRITEBACK) != Some(&0)
+    }
+
+    /// Sets the field.
+    pub(super) fn set_writeback(&mut self, on: bool) {
+        self.put(WRITEBACK, &[u8::from(on)]);
     }
 
     /// Back to what a fresh driver finds.

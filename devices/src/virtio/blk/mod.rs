@@ -20,6 +20,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::EventFd;
@@ -31,6 +32,7 @@ use self::file::DiskFile;
 use self::request::{Limits, Operation, Request};
 use self::task::Status;
 use super::device::{Activation, DeviceError, VirtioDevice};
+use super::state::{self, StateError};
 use crate::rate_limiter::{RateLimiter, Throttle};
 
 /// Length of the serial in bytes (virtio 1.2 5.2.6.1).
@@ -300,6 +302,18 @@ impl VirtioDevice for Blk {
             Some(active) => active.on_event(&mut self.shared),
             None => Ok(()),
         }
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        if let Some(active) = &mut self.active {
+            active.rest(&mut self.shared)?;
+        }
+        Ok(Value::Bool(self.shared.config.is_writeback()))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        self.shared.config.set_writeback(state::parse(state)?);
+        Ok(())
     }
 
     fn reset(&mut self) {

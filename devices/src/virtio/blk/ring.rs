@@ -334,6 +334,23 @@ impl<T> Engine<T> {
         !self.done.is_empty() || !ring.completion().is_empty()
     }
 
+    /// Waits until the host has finished something, if it works on anything.
+    ///
+    /// # Errors
+    /// When the ring is broken.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        let Backend::Ring(ring) = &mut self.backend else {
+            return Ok(());
+        };
+        while self.done.is_empty() && ring.completion().is_empty() && self.in_flight > 0 {
+            match ring.submit_and_wait(1) {
+                Err(e) if !matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Cancels what can be cancelled and waits for the rest; results are dropped.
     fn drain(&mut self) -> io::Result<()> {
         if let Backend::Ring(ring) = &mut self.backend {

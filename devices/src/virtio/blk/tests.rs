@@ -707,3 +707,45 @@ fn limited_disks_share_their_limit_and_do_all_their_requests() {
         }
     });
 }
+
+#[test]
+fn a_saved_disk_is_at_rest_and_another_goes_on() {
+    on_both(|change| {
+        let file = image();
+        let copy = image();
+        let mut h = open(file.path(), |o| {
+            change(o);
+            o.queue_size = 64;
+        });
+        h.device.write_config(32, &[0]);
+        for i in 0..8 {
+            h.push(
+                0,
+                &[Buf::Read(&header(VIRTIO_BLK_T_IN, i)), Buf::Write(512), Buf::Write(1)],
+            );
+        }
+        h.kick(0).unwrap();
+        // Not looked at yet when the disk is saved.
+        h.push(
+            0,
+            &[Buf::Read(&header(VIRTIO_BLK_T_IN, 8)), Buf::Write(512), Buf::Write(1)],
+        );
+        let mut options = BlkOptions::new(copy.path());
+        change(&mut options);
+        options.queue_size = 64;
+        let features = h.device.features() & !(1 << VIRTIO_RING_F_EVENT_IDX);
+        let mut old = h.moved_to(Blk::open(options).unwrap(), features).unwrap();
+        assert_eq!(old.in_flight(), 0);
+        let done = wait(&mut h, 0, 9);
+        let bytes = content(0, 9 * 512);
+        for (completed, sector) in done.iter().zip(bytes.chunks(512)) {
+            assert_eq!((&completed.data[..512], completed.data[512]), (sector, 0));
+        }
+        let mut writeback = [1];
+        h.device.read_config(32, &mut writeback);
+        assert_eq!(writeback, [0]);
+        // The one that was saved goes on as well.
+        old.on_event(0).unwrap();
+        assert!(h.device.restore(serde_json::json!("on")).is_err());
+    });
+}

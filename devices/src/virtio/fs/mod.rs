@@ -16,6 +16,7 @@ use std::sync::Arc;
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
@@ -25,6 +26,7 @@ pub use self::share::FsLimits;
 use self::share::Share;
 use self::validate::{Refusal, Request};
 use super::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use super::state::{self, StateError};
 use crate::memory::PodMemory;
 
 /// Bytes of the tag in configuration space (5.11.4).
@@ -307,6 +309,21 @@ impl VirtioDevice for Fs {
             }
         }
         Ok(())
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        let (files, open) = self.share.in_use();
+        if self.share.is_mounted() {
+            return Err(StateError::Refused(format!(
+                "the guest has it mounted ({files} files known, {open} open), and what it knows of them is not saved: \
+                 unmount it in the guest first"
+            )));
+        }
+        Ok(Value::Null)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        state::nothing(&state)
     }
 
     fn reset(&mut self) {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -64,6 +64,8 @@ pub(super) struct Share {
     /// Lookup counts of the files that the guest knows, the root aside.
     known: Mutex<HashMap<u64, u64>>,
     handles: AtomicU64,
+    /// Between FUSE_INIT and FUSE_DESTROY.
+    mounted: AtomicBool,
 }
 
 fn errno(code: i32) -> io::Error {
@@ -96,6 +98,7 @@ impl Share {
             limits,
             known: Mutex::default(),
             handles: AtomicU64::new(0),
+            mounted: AtomicBool::new(false),
         })
     }
 
@@ -105,6 +108,11 @@ impl Share {
             self.known.lock().unwrap_or_else(PoisonError::into_inner).len() as u64,
             self.handles.load(Ordering::Relaxed),
         )
+    }
+
+    /// Whether the guest has a session.
+    pub(super) fn is_mounted(&self) -> bool {
+        self.mounted.load(Ordering::Relaxed)
     }
 
     fn writable(&self) -> io::Result<()> {
@@ -175,6 +183,7 @@ impl Share {
     fn forget_all(&self) {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.handles.store(0, Ordering::Relaxed);
+        self.mounted.store(false, Ordering::Relaxed);
     }
 }
 
@@ -187,6 +196,7 @@ impl FileSystem for Share {
         // The crate clears the process's mask here.
         let _mask = sys::NoUmask::new();
         let wanted = self.inner.init(capable - FsOptions::PERFILE_DAX)?;
+        self.mounted.store(true, Ordering::Relaxed);
         Ok(wanted
             | FsOptions::ASYNC_READ
             | FsOptions::ASYNC_DIO

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use libc::c_uint;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
@@ -48,6 +49,18 @@ pub(super) struct Active {
     control_index: usize,
     /// There may be commands that were not taken.
     control_pending: bool,
+    /// The offloads that the interface was told of last, as features.
+    offloads: u64,
+}
+
+/// What a snapshot holds of a device in use, beside its queues.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Saved {
+    /// Pairs that the driver uses.
+    pairs: usize,
+    /// As features.
+    offloads: u64,
 }
 
 impl Active {
@@ -86,6 +99,7 @@ impl Active {
             control,
             control_index,
             control_pending: true,
+            offloads: features & offload_bits(),
         };
         this.use_pairs(shared, 1).map_err(|source| DeviceError::Host {
             what: "attaching the queues of a TAP interface",
@@ -229,6 +243,7 @@ impl Active {
             Command::Offloads(bits)
                 if has(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) && bits & !(self.features & offload_bits()) == 0 =>
             {
+                self.offloads = bits;
                 set_offload(&shared.taps, bits)
             }
             _ => return false,
@@ -237,6 +252,27 @@ impl Active {
             tracing::warn!(%error, ?command, "a command of the network driver failed");
         }
         result.is_ok()
+    }
+
+    /// Gives up what was taken off the rings; the next turn takes it again.
+    pub(super) fn save(&mut self, shared: &mut Shared) -> Result<Saved, DeviceError> {
+        for receiver in self.pairs.iter_mut().filter_map(|pair| pair.receiver.as_mut()) {
+            receiver.rest(&mut shared.counters)?;
+        }
+        let _ = shared.again.write(1);
+        self.watch(shared);
+        Ok(Saved {
+            pairs: self.in_use,
+            offloads: self.offloads,
+        })
+    }
+
+    /// Takes over what the driver of another monitor's device had chosen; false when no driver could have.
+    pub(super) fn restore(&mut self, shared: &mut Shared, saved: Saved) -> bool {
+        let pairs = u16::try_from(saved.pairs).unwrap_or(0);
+        let chosen = saved.pairs == self.in_use || self.execute(shared, Command::Pairs(pairs));
+        let told = saved.offloads == self.offloads || self.execute(shared, Command::Offloads(saved.offloads));
+        chosen && told
     }
 
     /// Watches each TAP queue for what its pair waits for.

@@ -18,6 +18,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -27,6 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::active::Active;
 use self::tap::{Interface, Tap};
 use super::device::{Activation, DeviceError, VirtioDevice};
+use super::state::{self, StateError};
 use crate::rate_limiter::{RateLimiter, Throttle};
 
 /// Bytes before each frame: `struct virtio_net_hdr_v1` (virtio 1.2 5.1.6).
@@ -484,6 +486,26 @@ impl VirtioDevice for Net {
             }
         }
         Ok(())
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        let active = self.active.as_mut();
+        let saved = active.map(|active| active.save(&mut self.shared)).transpose()?;
+        state::value(&saved)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        let saved: Option<active::Saved> = state::parse(state)?;
+        let taken = match (&mut self.active, saved) {
+            (None, None) => true,
+            (Some(active), Some(saved)) => active.restore(&mut self.shared, saved),
+            _ => false,
+        };
+        if taken {
+            Ok(())
+        } else {
+            Err(StateError::Broken(format!("queue pairs or offloads {saved:?}")))
+        }
     }
 
     fn reset(&mut self) {

@@ -77,6 +77,8 @@ pub(super) struct Receiver {
     /// The driver must be told of buffers given back.
     signal: bool,
     used: Vec<(u16, u32)>,
+    /// A chain was given back while others that came before it were at hand.
+    out_of_turn: bool,
     /// Chains that this turn may still take.
     budget: usize,
     pub(super) wait: RxWait,
@@ -99,6 +101,7 @@ impl Receiver {
             quiet: false,
             signal: false,
             used: Vec::new(),
+            out_of_turn: false,
             budget: 0,
             wait: RxWait::Turn,
         }
@@ -151,6 +154,27 @@ impl Receiver {
             }
         }
         Ok(RxWait::Frame)
+    }
+
+    /// Gives up the buffers at hand, so that the ring holds all that the driver offered. A frame that waits for more is
+    /// lost, as on a wire.
+    pub(super) fn rest(&mut self, counters: &mut Counters) -> Result<(), DeviceError> {
+        if self.held.take().is_some() {
+            counters.rx_dropped = counters.rx_dropped.saturating_add(1);
+        }
+        let count = self.chains.len();
+        if std::mem::take(&mut self.out_of_turn) && count > 0 {
+            // They are not the last ones of the ring any more: the driver gets them back empty.
+            while let Some((head, _)) = self.remove(0) {
+                self.queue.add_used(&self.memory, head, 0)?;
+            }
+            self.queue.signal(&self.memory)?;
+        } else {
+            while self.remove(0).is_some() {}
+            self.queue.undo_pops(u16::try_from(count).unwrap_or(0));
+        }
+        self.wait = RxWait::Turn;
+        Ok(())
     }
 
     /// Whether a frame of `total` bytes fits the chains at hand.
@@ -219,6 +243,7 @@ impl Receiver {
 
     fn refuse(&mut self, head: u16, counters: &mut Counters) -> Result<(), DeviceError> {
         counters.rx_malformed = counters.rx_malformed.saturating_add(1);
+        self.out_of_turn |= !self.chains.is_empty();
         self.signal = true;
         self.queue.add_used(&self.memory, head, 0)
     }

@@ -513,3 +513,83 @@ fn options_that_cannot_be_are_named() {
     );
     assert!(Net::from_fds(&options(), Vec::new()).is_err());
 }
+
+#[test]
+fn a_saved_device_gives_its_buffers_to_the_next() {
+    let (mut h, host) = active();
+    for _ in 0..4 {
+        h.push(RX, &[Buf::Write(1526)]);
+    }
+    h.kick(RX).unwrap();
+    host.send(&frame(1, 100)).unwrap();
+    settle(&mut h);
+    assert_eq!(received(&mut h, RX), [(frame(1, 100), 1)]);
+    // A frame that needs more buffers than there are: it is lost, its buffers are not.
+    host.send(&frame(2, 6000)).unwrap();
+    settle(&mut h);
+    let (theirs, other) = UnixDatagram::pair().unwrap();
+    other.set_nonblocking(true).unwrap();
+    let features = h.device.features() & !EVENT_IDX;
+    let mut old = h
+        .moved_to(Net::with_sockets(&options(), vec![theirs]).unwrap(), features)
+        .unwrap();
+    assert_eq!(old.counters().iter().find(|c| c.0 == "rx_dropped").unwrap().1, 1);
+    for seed in 3..6 {
+        other.send(&frame(seed, 200)).unwrap();
+    }
+    settle(&mut h);
+    let expected: Vec<_> = (3..6).map(|seed| (frame(seed, 200), 1)).collect();
+    assert_eq!(received(&mut h, RX), expected);
+    let sent = frame(9, 64);
+    h.push(TX, &[Buf::Read(&sent)]);
+    h.kick(TX).unwrap();
+    let mut got = [0; 100];
+    assert_eq!(other.recv(&mut got).unwrap(), 64);
+    old.on_event(0).unwrap();
+}
+
+#[test]
+fn buffers_held_out_of_order_come_back_empty_when_a_device_is_saved() {
+    let (mut h, _host) = active();
+    let held = h.push(RX, &[Buf::Write(200)]);
+    let bad = h.push(RX, &[Buf::Read(&[0; 200])]);
+    h.kick(RX).unwrap();
+    settle(&mut h);
+    assert_eq!(h.used(RX), [(bad.head, 0)]);
+    let (theirs, other) = UnixDatagram::pair().unwrap();
+    let features = h.device.features() & !EVENT_IDX;
+    drop(
+        h.moved_to(Net::with_sockets(&options(), vec![theirs]).unwrap(), features)
+            .unwrap(),
+    );
+    assert_eq!(h.used(RX), [(held.head, 0)]);
+    h.push(RX, &[Buf::Write(2000)]);
+    h.kick(RX).unwrap();
+    other.send(&frame(1, 100)).unwrap();
+    settle(&mut h);
+    assert_eq!(received(&mut h, RX), [(frame(1, 100), 1)]);
+}
+
+#[test]
+fn pairs_and_offloads_are_kept_and_impossible_ones_refused() {
+    let options = NetOptions {
+        num_queues: 4,
+        ..options()
+    };
+    let (mut h, _host) = device(&options);
+    h.activate().unwrap();
+    h.push(4, &[Buf::Read(&[4, 0]), Buf::Read(&[2, 0]), Buf::Write(1)]);
+    h.kick(4).unwrap();
+    assert_eq!(h.completed(4)[0].data, [0]);
+    let features = h.device.features() & !EVENT_IDX;
+    let (next, _next_host) = device(&options);
+    drop(h.moved_to(next.device, features).unwrap());
+    let state = h.device.save().unwrap();
+    assert_eq!(state["pairs"], 2);
+    for (field, value) in [("pairs", 3), ("pairs", 0), ("offloads", 1_u64 << 40)] {
+        let mut state = state.clone();
+        state[field] = serde_json::json!(value);
+        assert!(h.device.restore(state).is_err(), "{field} {value}");
+    }
+    assert!(h.device.restore(serde_json::Value::Null).is_err());
+}

@@ -7,6 +7,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::memory::PodMemory;
+use crate::virtio::state::Place;
 
 /// One queue's registers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,20 +123,23 @@ impl QueueSetup {
         }
     }
 
-    /// Checks every enabled queue against `memory`. The registers freeze whatever the outcome.
+    /// Checks every enabled queue against `memory`. The registers freeze whatever the outcome. `places` are where the
+    /// queues stand, of those that are not at their beginning.
     pub(super) fn freeze(
         self,
         memory: &Arc<PodMemory>,
         event_idx: bool,
+        places: &[Option<Place>],
     ) -> (FrozenQueues, Result<Vec<Option<Queue>>, QueueError>) {
         let queues = self
             .0
             .iter()
             .enumerate()
             .map(|(index, config)| {
+                let place = places.get(index).copied().flatten();
                 config
                     .enabled
-                    .then(|| activate(index, config, memory, event_idx))
+                    .then(|| activate(index, config, memory, event_idx, place))
                     .transpose()
             })
             .collect();
@@ -147,7 +151,13 @@ impl QueueSetup {
 ///
 /// [`QueueT::is_valid`] looks only at whether one byte past each area is RAM, so that it takes areas with holes and
 /// refuses areas that end where RAM ends; here every byte is checked.
-fn activate(index: usize, config: &QueueConfig, memory: &PodMemory, event_idx: bool) -> Result<Queue, QueueError> {
+fn activate(
+    index: usize,
+    config: &QueueConfig,
+    memory: &PodMemory,
+    event_idx: bool,
+    place: Option<Place>,
+) -> Result<Queue, QueueError> {
     let size = u64::from(config.size);
     let areas = [
         (Ring::Desc, 16, 16 * size),
@@ -186,6 +196,10 @@ fn activate(index: usize, config: &QueueConfig, memory: &PodMemory, event_idx: b
         .map_err(refused)?;
     queue.set_event_idx(event_idx);
     queue.set_ready(true);
+    if let Some(place) = place {
+        queue.set_next_avail(place.next_avail);
+        queue.set_next_used(place.next_used);
+    }
     // A ring whose index is already off by more than its size is broken from the start.
     queue.iter(memory).map_err(refused)?;
     Ok(queue)

@@ -38,7 +38,7 @@ impl MutEventSubscriber for VirtioPciSubscriber {
             // Nothing to read: a reset or another wake-up took it.
             let _ = doorbell.fd.read();
             match this.phase {
-                Phase::Active(_) => {
+                Phase::Active(..) => {
                     // A failure is told to the driver; the loop has nothing to add.
                     let _ = this.drive(|device| device.on_queue(index));
                 }

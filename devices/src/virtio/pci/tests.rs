@@ -14,6 +14,8 @@ use crate::pci::Window;
 use crate::sync::lock;
 use crate::virtio::testing::{PageGate, test_memory};
 
+mod saved;
+
 const MEMORY: u64 = 0x10_0000;
 const OK_STATUS: u64 = 1 | 2 | 8;
 
@@ -103,6 +105,13 @@ impl VirtioDevice for Dummy {
             });
         }
         let _ = self.extra.read();
+        Ok(())
+    }
+    fn save(&mut self) -> Result<serde_json::Value, crate::virtio::state::StateError> {
+        Ok(serde_json::json!(self.config))
+    }
+    fn restore(&mut self, state: serde_json::Value) -> Result<(), crate::virtio::state::StateError> {
+        self.config = crate::virtio::state::parse(state)?;
         Ok(())
     }
     fn reset(&mut self) {
@@ -631,7 +640,7 @@ proptest! {
             }
             let this = lock(&d.subscriber.0);
             match &this.phase {
-                Phase::Active(now) => {
+                Phase::Active(now, _) => {
                     if let Some(before) = &frozen {
                         prop_assert_eq!(before, now);
                     }

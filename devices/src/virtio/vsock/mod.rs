@@ -17,18 +17,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use self::muxer::Muxer;
 use self::packet::{HEADER_SIZE, Segments};
 use super::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use super::state::{self, StateError};
 use crate::memory::PodMemory;
+use vm_memory::Bytes;
 
 /// Queues: rx, tx, event.
 const QUEUE_SIZES: [u16; 3] = [256; 3];
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENT: usize = 2;
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` as `struct virtio_vsock_event` (virtio 1.2 5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 /// Packets a round and direction, so that a busy guest leaves the loop to others now and then.
 const BUDGET: usize = 1024;
 
@@ -84,8 +90,33 @@ struct Active {
     memory: Arc<PodMemory>,
     rx: ActiveQueue,
     tx: ActiveQueue,
+    event: Option<ActiveQueue>,
+    /// The driver is to hear that all its connections are gone.
+    untold: bool,
     /// No packet is taken from the driver until it takes the resets that wait for it.
     tx_stalled: bool,
+}
+
+impl Active {
+    /// Tells the driver that all connections are gone, if it was not told and has a buffer for that.
+    fn tell_reset(&mut self) -> Result<(), DeviceError> {
+        let Some(queue) = self.event.as_mut().filter(|_| self.untold) else {
+            return Ok(());
+        };
+        let Some(mut chain) = queue.pop(&self.memory)? else {
+            // Its next doorbell comes back to this.
+            queue.enable_notification(&self.memory)?;
+            return Ok(());
+        };
+        let buffer = chain
+            .next()
+            .filter(|d| d.is_write_only() && d.len() as usize >= TRANSPORT_RESET.len());
+        let told = buffer.is_some_and(|d| self.memory.write_slice(&TRANSPORT_RESET, d.addr()).is_ok());
+        self.untold = false;
+        let len = if told { TRANSPORT_RESET.len() } else { 0 };
+        queue.add_used(&self.memory, chain.head_index(), u32::try_from(len).unwrap_or(0))?;
+        queue.signal(&self.memory)
+    }
 }
 
 /// The device.
@@ -248,6 +279,8 @@ impl VirtioDevice for Vsock {
             memory: activation.memory,
             rx,
             tx,
+            event: queues.next().flatten(),
+            untold: false,
             tx_stalled: false,
         });
         self.muxer.start().map_err(|source| DeviceError::Host {
@@ -257,7 +290,11 @@ impl VirtioDevice for Vsock {
     }
 
     fn on_queue(&mut self, index: usize) -> Result<(), DeviceError> {
-        if matches!(index, RX | TX) { self.pump() } else { Ok(()) }
+        match index {
+            RX | TX => self.pump(),
+            EVENT => self.active.as_mut().map_or(Ok(()), Active::tell_reset),
+            _ => Ok(()),
+        }
     }
 
     fn event_fds(&self) -> Vec<RawFd> {
@@ -270,6 +307,23 @@ impl VirtioDevice for Vsock {
             source,
         })?;
         self.pump()
+    }
+
+    /// Connections are kept for the pod that goes on, not for one that is restored: what they are connected to is not in
+    /// a snapshot. Where the guest listens stays.
+    fn save(&mut self) -> Result<Value, StateError> {
+        Ok(Value::Null)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        state::nothing(&state)?;
+        match &mut self.active {
+            Some(active) => {
+                active.untold = true;
+                Ok(active.tell_reset()?)
+            }
+            None => Ok(()),
+        }
     }
 
     fn reset(&mut self) {
