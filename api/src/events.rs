@@ -64,6 +64,8 @@ pub enum What {
     Activated,
     /// virtio-device: its driver let go of it (`id`).
     Reset,
+    /// virtio-device: it cannot go on (`id`); an addition to Cloud Hypervisor's events.
+    Failed,
 }
 
 /// One record.

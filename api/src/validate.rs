@@ -6,6 +6,7 @@ mod devices;
 mod machine;
 mod names;
 mod payload;
+mod vhost_user;
 
 use self::devices::{check_disk, check_fs, check_net, check_vsock, console};
 use self::machine::{cpus, memory};
@@ -116,6 +117,7 @@ impl VmConfig {
         segments(self, &mut found);
         unsupported(self, &mut found);
         identifiers(self, &mut found);
+        vhost_user::memory(self, &mut found);
         found.0
     }
 

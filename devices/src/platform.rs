@@ -47,6 +47,8 @@ pub enum DeviceStep {
     Activated,
     /// Its driver let go of it.
     Reset,
+    /// It cannot go on; a reset may help or not.
+    Failed,
 }
 
 /// The hypervisor as devices use it.

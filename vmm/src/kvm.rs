@@ -120,6 +120,7 @@ impl Hypervisor for KvmHypervisor {
         let event = match step {
             DeviceStep::Activated => What::Activated,
             DeviceStep::Reset => What::Reset,
+            DeviceStep::Failed => What::Failed,
         };
         self.telling.tell(Source::VirtioDevice, event, &[("id", id)]);
     }

@@ -86,10 +86,16 @@ pub struct DeviceInfo {
 }
 
 impl DeviceInfo {
-    /// Whether the guest's driver runs it.
+    /// How it is: `removing`, `failed`, `active` (the guest's driver runs it) or `configuring`.
     #[must_use]
-    pub fn active(&self) -> bool {
-        self.function.lock().unwrap_or_else(PoisonError::into_inner).is_active()
+    pub fn state(&self) -> &'static str {
+        let function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        match (self.removing, function.is_failed(), function.is_active()) {
+            (true, _, _) => "removing",
+            (_, true, _) => "failed",
+            (_, _, true) => "active",
+            _ => "configuring",
+        }
     }
 }
 

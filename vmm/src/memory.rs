@@ -220,13 +220,9 @@ fn map(gpa: u64, len: u64, options: &RamOptions) -> io::Result<GuestRegionMmap> 
     if options.shared || options.hugepages {
         let file = sys::memfd(c"podvisor-ram", options.hugepages)?;
         file.set_len(len)?;
-        let sharing = if options.shared {
-            libc::MAP_SHARED
-        } else {
-            libc::MAP_PRIVATE
-        };
+        // Huge pages are shared too, as Cloud Hypervisor has them: a private copy would double what is scarce.
         builder = builder
-            .with_mmap_flags(sharing | libc::MAP_NORESERVE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::new(file, 0))
             .with_hugetlbfs(options.hugepages);
     } else {

@@ -469,14 +469,7 @@ impl PodSlot {
             let devices: Vec<Value> = machine
                 .devices()
                 .iter()
-                .map(|d| {
-                    let state = match (d.removing, d.active()) {
-                        (true, _) => "removing",
-                        (_, true) => "active",
-                        _ => "configuring",
-                    };
-                    json!({"id": d.id, "kind": d.kind, "bdf": d.bdf.to_string(), "state": state})
-                })
+                .map(|d| json!({"id": d.id, "kind": d.kind, "bdf": d.bdf.to_string(), "state": d.state()}))
                 .collect();
             put("devices", json!(devices));
         }

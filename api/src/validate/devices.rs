@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::names::identifier;
-use super::{ConfigError, Findings, MAX_QUEUE_SIZE, first};
+use super::{ConfigError, Findings, MAX_QUEUE_SIZE, first, vhost_user};
 use crate::types::{ConsoleMode, DiskConfig, FsConfig, NetConfig, RateLimiterConfig, VsockConfig};
 
 /// Most queues of one device.
@@ -88,18 +88,6 @@ fn rate_limits(field: &str, limiter: Option<&RateLimiterConfig>, found: &mut Fin
     }
 }
 
-fn vhost(field: &str, vhost_user: bool, socket: Option<&str>, found: &mut Findings) {
-    if vhost_user && socket.is_none_or(str::is_empty) {
-        found.add(
-            format!("{field}.vhost_socket"),
-            "is missing beside vhost_user; give the server's socket",
-        );
-    }
-    if let Some(socket) = socket {
-        socket_path(&format!("{field}.vhost_socket"), Path::new(socket), found);
-    }
-}
-
 pub(super) fn check_disk(disk: &DiskConfig, field: &str, found: &mut Findings) {
     queues(field, disk.num_queues, disk.queue_size, found);
     if disk.vhost_user {
@@ -112,7 +100,7 @@ pub(super) fn check_disk(disk: &DiskConfig, field: &str, found: &mut Findings) {
     } else if disk.path.as_ref().is_none_or(|path| path.as_os_str().is_empty()) {
         found.add(format!("{field}.path"), "is missing; give the image or block device");
     }
-    vhost(field, disk.vhost_user, disk.vhost_socket.as_deref(), found);
+    vhost_user::socket(field, disk.vhost_user, disk.vhost_socket.as_deref(), found);
     if let Some(serial) = &disk.serial
         && serial.len() > 20
     {
@@ -158,7 +146,7 @@ pub(super) fn check_net(net: &NetConfig, field: &str, found: &mut Findings) {
             format!("{mtu} is below 1280, the least of IPv6 and of virtio-net; give more"),
         );
     }
-    vhost(field, net.vhost_user, net.vhost_socket.as_deref(), found);
+    vhost_user::socket(field, net.vhost_user, net.vhost_socket.as_deref(), found);
     rate_limits(field, net.rate_limiter_config.as_ref(), found);
 }
 
@@ -213,7 +201,7 @@ pub(super) fn check_vsock(vsock: &VsockConfig, field: &str, found: &mut Findings
     socket_path(&format!("{field}.socket"), &vsock.socket, found);
 }
 
-fn socket_path(field: &str, path: &Path, found: &mut Findings) {
+pub(super) fn socket_path(field: &str, path: &Path, found: &mut Findings) {
     let bytes = path.as_os_str().as_encoded_bytes();
     if bytes.is_empty() {
         found.add(field, "is empty; give a path");

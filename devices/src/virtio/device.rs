@@ -371,6 +371,10 @@ pub trait VirtioDevice: Send {
     fn restore(&mut self, state: Value) -> Result<(), StateError> {
         super::state::nothing(&state)
     }
+    /// Whether the device cannot be used again in its life: a reset does not help.
+    fn is_lost(&self) -> bool {
+        false
+    }
     /// Counters of this device, by name.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

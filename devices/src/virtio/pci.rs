@@ -268,6 +268,12 @@ impl VirtioPci {
         matches!(self.phase, Phase::Active(..))
     }
 
+    /// Whether it failed and has not been reset since, or cannot be used again at all.
+    #[must_use]
+    pub fn is_failed(&self) -> bool {
+        matches!(self.phase, Phase::Failed(..)) || self.device.is_lost()
+    }
+
     /// The device, for what the monitor asks of it at run time.
     pub fn device_mut(&mut self) -> &mut dyn VirtioDevice {
         self.device.as_mut()
@@ -394,6 +400,7 @@ impl VirtioPci {
     /// The device cannot go on: it lets go of the driver's state, and the driver is told to reset it.
     fn fail(&mut self, reason: &str) {
         tracing::error!(id = self.id, reason, "the virtio device needs a reset");
+        self.hypervisor.stepped(&self.id, DeviceStep::Failed);
         self.device.reset();
         let empty = Phase::Configuring(QueueSetup::new(&[]));
         self.phase = match std::mem::replace(&mut self.phase, empty) {

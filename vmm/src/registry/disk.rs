@@ -2,6 +2,8 @@
 
 use podvisor_api::types::{DiskConfig, VmConfig};
 use podvisor_devices::virtio::blk::{Blk, BlkOptions};
+use podvisor_devices::virtio::device::VirtioDevice;
+use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserBlkOptions};
 
 use super::{Addition, Kind, RegistryError, Wanted, failed, last};
 use crate::config::Descriptors;
@@ -36,28 +38,51 @@ fn disks(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryErro
 }
 
 fn make_disk(section: &str, disk: &DiskConfig) -> Result<Wanted, RegistryError> {
+    let device = match disk.vhost_user {
+        true => lent(section, disk)?,
+        false => own(section, disk)?,
+    };
+    Ok(Wanted {
+        id: disk.id.clone().unwrap_or_default(),
+        kind: "disk",
+        segment: disk.pci_segment,
+        slot: disk.pci_device_id,
+        device,
+    })
+}
+
+fn num_queues(section: &str, disk: &DiskConfig) -> Result<u16, RegistryError> {
+    u16::try_from(disk.num_queues).map_err(|e| failed(format!("{section}.num_queues"), e))
+}
+
+/// A disk whose image this process opens.
+fn own(section: &str, disk: &DiskConfig) -> Result<Box<dyn VirtioDevice>, RegistryError> {
     let field = |name: &str| format!("{section}.{name}");
     let path = disk
         .path
         .clone()
         .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
-    let num_queues = u16::try_from(disk.num_queues).map_err(|e| failed(field("num_queues"), e))?;
     let options = BlkOptions {
         readonly: disk.readonly,
         direct: disk.direct,
         serial: disk.serial.clone(),
-        num_queues,
+        num_queues: num_queues(section, disk)?,
         queue_size: disk.queue_size,
         disable_io_uring: disk.disable_io_uring,
         sparse: disk.sparse,
         ..BlkOptions::new(path.clone())
     };
     let device = Blk::open(options).map_err(|e| failed(format!("{} {}", field("path"), path.display()), e))?;
-    Ok(Wanted {
-        id: disk.id.clone().unwrap_or_default(),
-        kind: "disk",
-        segment: disk.pci_segment,
-        slot: disk.pci_device_id,
-        device: Box::new(device),
-    })
+    Ok(Box::new(device))
+}
+
+/// A disk that another process serves: whether it is read-only, its serial number and its limits are that process's.
+fn lent(section: &str, disk: &DiskConfig) -> Result<Box<dyn VirtioDevice>, RegistryError> {
+    let options = VhostUserBlkOptions {
+        num_queues: num_queues(section, disk)?,
+        queue_size: disk.queue_size,
+        ..VhostUserBlkOptions::new(disk.vhost_socket.clone().unwrap_or_default().into())
+    };
+    let device = VhostUser::blk(&options).map_err(|e| failed(format!("{section}.vhost_socket"), e))?;
+    Ok(Box::new(device))
 }

@@ -1,7 +1,9 @@
 //! File systems: the `fs` section and `vm.add-fs`.
 
 use podvisor_api::types::{FsConfig, VmConfig};
+use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::fs::{Fs, FsOptions};
+use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserFsOptions};
 
 use super::{Addition, Kind, RegistryError, Wanted, failed, last};
 use crate::config::Descriptors;
@@ -37,24 +39,29 @@ fn fs(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> 
 
 fn make_fs(section: &str, fs: &FsConfig) -> Result<Wanted, RegistryError> {
     let field = |name: &str| format!("{section}.{name}");
-    let dir = fs.shared_dir.clone().ok_or_else(|| {
-        failed(
-            field("socket"),
-            "a vhost-user file system is not supported yet; give shared_dir, which this monitor serves itself",
-        )
-    })?;
-    let options = FsOptions {
-        readonly: fs.readonly,
-        num_queues: u16::try_from(fs.num_queues).map_err(|e| failed(field("num_queues"), e))?,
-        queue_size: fs.queue_size,
-        ..FsOptions::new(fs.tag.clone(), dir.clone())
+    let num_queues = u16::try_from(fs.num_queues).map_err(|e| failed(field("num_queues"), e))?;
+    let device: Box<dyn VirtioDevice> = if let Some(socket) = &fs.socket {
+        let options = VhostUserFsOptions {
+            num_queues,
+            queue_size: fs.queue_size,
+            ..VhostUserFsOptions::new(fs.tag.clone(), socket.clone())
+        };
+        Box::new(VhostUser::fs(&options).map_err(|e| failed(field("socket"), e))?)
+    } else {
+        let dir = fs.shared_dir.clone().unwrap_or_default();
+        let options = FsOptions {
+            readonly: fs.readonly,
+            num_queues,
+            queue_size: fs.queue_size,
+            ..FsOptions::new(fs.tag.clone(), dir.clone())
+        };
+        Box::new(Fs::new(options).map_err(|e| failed(format!("{} {}", field("shared_dir"), dir.display()), e))?)
     };
-    let device = Fs::new(options).map_err(|e| failed(format!("{} {}", field("shared_dir"), dir.display()), e))?;
     Ok(Wanted {
         id: fs.id.clone().unwrap_or_default(),
         kind: "fs",
         segment: fs.pci_segment,
         slot: None,
-        device: Box::new(device),
+        device,
     })
 }

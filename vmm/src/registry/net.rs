@@ -4,8 +4,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use podvisor_api::types::{NetConfig, VmConfig};
+use podvisor_api::types::{NetConfig, VhostMode, VmConfig};
+use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::net::{HostInterface, Net, NetOptions};
+use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserNetOptions};
 
 use super::{Addition, Kind, RegistryError, Wanted, failed, last};
 use crate::config::Descriptors;
@@ -80,27 +82,60 @@ fn mac(section: &str, field: &str, text: Option<&str>) -> Result<Option<[u8; 6]>
     bytes.try_into().map(Some).map_err(|_| refuse())
 }
 
-/// A device on the TAP queues of `fds`, if there are any: those are left as they were set up; else on the interface that the
-/// section names.
+/// The device of a section, with the descriptors of its TAP queues if there are any.
 fn make_net(section: &str, net: &NetConfig, fds: Option<&Arc<Vec<OwnedFd>>>) -> Result<Wanted, RegistryError> {
+    let fds = fds.filter(|fds| !fds.is_empty());
+    let device = match net.vhost_user {
+        true => lent(section, net)?,
+        false => own(section, net, fds)?,
+    };
+    Ok(Wanted {
+        id: net.id.clone().unwrap_or_default(),
+        kind: "net",
+        segment: net.pci_segment,
+        slot: net.pci_device_id,
+        device,
+    })
+}
+
+fn num_queues(section: &str, net: &NetConfig) -> Result<u16, RegistryError> {
+    u16::try_from(net.num_queues).map_err(|e| failed(format!("{section}.num_queues"), e))
+}
+
+/// A network that another process serves; its limits are that process's.
+fn lent(section: &str, net: &NetConfig) -> Result<Box<dyn VirtioDevice>, RegistryError> {
+    let options = VhostUserNetOptions {
+        server: net.vhost_mode == VhostMode::Server,
+        mac: mac(section, "mac", net.mac.as_deref())?,
+        mtu: net.mtu,
+        num_queues: num_queues(section, net)?,
+        queue_size: net.queue_size,
+        offload_tso: net.offload_tso,
+        offload_ufo: net.offload_ufo,
+        offload_csum: net.offload_csum,
+        ..VhostUserNetOptions::new(net.vhost_socket.clone().unwrap_or_default().into())
+    };
+    let device = VhostUser::net(&options).map_err(|e| failed(format!("{section}.vhost_socket"), e))?;
+    Ok(Box::new(device))
+}
+
+/// A device on the TAP queues of `fds`, which are left as they were set up, or on the interface that the section names.
+fn own(
+    section: &str,
+    net: &NetConfig,
+    fds: Option<&Arc<Vec<OwnedFd>>>,
+) -> Result<Box<dyn VirtioDevice>, RegistryError> {
     let field = |name: &str| format!("{section}.{name}");
-    if net.vhost_user {
-        return Err(failed(
-            field("vhost_user"),
-            "vhost-user networks are not supported yet; give a TAP interface",
-        ));
-    }
     if net.rate_limiter_config.is_some() {
         return Err(failed(
             field("rate_limiter_config"),
             "limits are not supported yet; leave it out",
         ));
     }
-    let fds = fds.filter(|fds| !fds.is_empty());
     let options = NetOptions {
         mac: mac(section, "mac", net.mac.as_deref())?,
         mtu: net.mtu.filter(|_| fds.is_none()),
-        num_queues: u16::try_from(net.num_queues).map_err(|e| failed(field("num_queues"), e))?,
+        num_queues: num_queues(section, net)?,
         queue_size: net.queue_size,
         offload_tso: net.offload_tso,
         offload_ufo: net.offload_ufo,
@@ -118,11 +153,5 @@ fn make_net(section: &str, net: &NetConfig, fds: Option<&Arc<Vec<OwnedFd>>>) -> 
         };
         Net::open(&options, &host)
     };
-    Ok(Wanted {
-        id: net.id.clone().unwrap_or_default(),
-        kind: "net",
-        segment: net.pci_segment,
-        slot: net.pci_device_id,
-        device: Box::new(device.map_err(|e| failed(section, e))?),
-    })
+    Ok(Box::new(device.map_err(|e| failed(section, e))?))
 }

@@ -65,9 +65,15 @@ pub(crate) fn podvisor(socket: &Path, log: &Path) -> Command {
 
 impl Process {
     pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// As [`Process::start`], with more arguments; it runs in its directory.
+    pub(crate) fn start_with(args: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("api");
-        let child = podvisor(&socket, &dir.path().join("log")).spawn().unwrap();
+        let mut command = podvisor(&socket, &dir.path().join("log"));
+        let child = command.args(args).current_dir(dir.path()).spawn().unwrap();
         let process = Self { dir, child, socket };
         wait_for("the API socket", || Client::connect(&process.socket).ok());
         process

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::{Phase, VirtioPci};
+use crate::platform::DeviceStep;
 use crate::sync::lock;
 
 /// A device as the event manager runs it; the PCI root holds the same one.
@@ -48,12 +49,15 @@ impl MutEventSubscriber for VirtioPciSubscriber {
             return;
         }
         let event = index.saturating_sub(this.doorbells.len());
-        let was_active = this.is_active();
+        let (was_active, was_failed) = (this.is_active(), this.is_failed());
         if let Err(error) = this.drive(|device| device.on_event(event))
             && !was_active
         {
             // No driver to tell, and a readable descriptor that nobody drains would spin the loop.
             tracing::error!(id = this.id, event, %error, "a descriptor is watched no longer");
+            if !was_failed {
+                this.hypervisor.stepped(&this.id, DeviceStep::Failed);
+            }
             if let Err(error) = ops.remove(Events::with_data_raw(events.fd(), events.data(), EventSet::IN)) {
                 tracing::warn!(?error, "a descriptor cannot be taken off the loop");
             }

@@ -1,11 +1,12 @@
 //! The front end's half of the vhost-user protocol on one connection. The layouts of messages are rust-vmm's `vhost`;
 //! sending and receiving are here, for its connection waits for ever for a back end that does not answer, and this
-//! process has one thread for all of a pod. Every wait here ends after [`ANSWER_LIMIT`].
+//! process has one thread for all of a pod. All waits of one operation together end after [`ANSWER_LIMIT`].
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::table::{self, Region, user_address};
 use super::{ANSWER_LIMIT, CONNECT_LIMIT, VhostUserError};
 use crate::memory::PodMemory;
+use crate::virtio::vsock::sys;
 
 /// Request, flags, size of the body.
 const HEADER: usize = 12;
@@ -33,6 +35,8 @@ const NEED_REPLY: u32 = 1 << 3;
 const TABLE_REGIONS: usize = 8;
 /// Between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(10);
+/// The shortest wait: what has come already is taken even if it is late.
+const AT_LEAST: Duration = Duration::from_millis(1);
 
 /// Protocol features that are used where the back end has them.
 const WANTED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -52,6 +56,8 @@ pub(super) struct Frontend {
     regions: Vec<Region>,
     gone: bool,
     limit: Duration,
+    /// When the operation that is under way has taken too long.
+    deadline: Instant,
 }
 
 /// A request's name for people.
@@ -93,20 +99,44 @@ fn header(request: FrontendReq, flags: u32, len: usize) -> [u8; HEADER] {
     bytes
 }
 
-/// Connects to `path`, which may take a moment to appear.
+/// Connects to `path`, which may take a moment to appear, or have a listener that is not quick to accept.
 pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
     let deadline = Instant::now() + CONNECT_LIMIT;
     loop {
-        match UnixStream::connect(path) {
-            Err(e)
-                if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
-                    && Instant::now() < deadline =>
-            {
-                std::thread::sleep(RETRY);
-            }
-            outcome => return outcome,
+        let error = match sys::connect(path) {
+            Ok(socket) => return socket.set_nonblocking(false).map(|()| socket),
+            Err(error) => error,
+        };
+        let passing = matches!(
+            error.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock
+        );
+        if !passing || Instant::now() >= deadline {
+            return Err(error);
         }
+        std::thread::sleep(RETRY);
     }
+}
+
+/// Listens on `path` for one client, and takes the path away when it is there or does not come.
+pub(super) fn accept(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+        // What another monitor left there.
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + limit;
+    let outcome = loop {
+        match listener.accept() {
+            Ok((socket, _)) => break socket.set_nonblocking(false).map(|()| socket),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => std::thread::sleep(RETRY),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break Err(io::ErrorKind::TimedOut.into()),
+            Err(e) => break Err(e),
+        }
+    };
+    std::fs::remove_file(path)?;
+    outcome
 }
 
 impl Frontend {
@@ -119,14 +149,17 @@ impl Frontend {
         Self::on(socket, path, ANSWER_LIMIT)
     }
 
+    /// As [`Frontend::open`], but it is the back end that connects.
+    pub(super) fn listen(path: &Path) -> Result<Self, VhostUserError> {
+        let socket = accept(path, ANSWER_LIMIT).map_err(|source| VhostUserError::Accept {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::on(socket, path, ANSWER_LIMIT)
+    }
+
     /// As [`Frontend::open`], on a connected socket.
     pub(super) fn on(socket: UnixStream, path: &Path, limit: Duration) -> Result<Self, VhostUserError> {
-        let io = |source| VhostUserError::Io {
-            path: path.to_owned(),
-            during: "setting its time limit",
-            source,
-        };
-        socket.set_write_timeout(Some(limit)).map_err(io)?;
         let mut this = Self {
             socket,
             path: path.to_owned(),
@@ -135,6 +168,7 @@ impl Frontend {
             regions: Vec::new(),
             gone: false,
             limit,
+            deadline: Instant::now() + limit,
         };
         this.features = this.get(FrontendReq::GET_FEATURES)?;
         if this.features & PROTOCOL_FEATURES != 0 {
@@ -146,6 +180,11 @@ impl Frontend {
         }
         this.tell(FrontendReq::SET_OWNER, &[], &[])?;
         Ok(this)
+    }
+
+    /// An operation begins: its messages together have [`ANSWER_LIMIT`].
+    pub(super) fn begin(&mut self) {
+        self.deadline = Instant::now() + self.limit;
     }
 
     /// The virtio features of the back end, and those of the protocol among them.
@@ -199,6 +238,7 @@ impl Frontend {
 
     /// Passes a write of the driver to configuration space on.
     pub(super) fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), VhostUserError> {
+        self.begin();
         let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         // Type 0: the driver writes a writable field.
         let body = VhostUserConfig::new(offset, len, VhostUserConfigFlags::empty());
@@ -396,6 +436,9 @@ impl Frontend {
         let len = body.iter().map(|part| part.len()).sum();
         let mut bytes = header(request, flags, len).to_vec();
         body.iter().for_each(|part| bytes.extend_from_slice(part));
+        if let Err(e) = self.socket.set_write_timeout(Some(self.left())) {
+            return Err(self.broken(name(request), e));
+        }
         let mut sent = self.socket.send_with_fds(&[bytes.as_slice()], fds);
         while sent.as_ref().is_err_and(|e| e.errno() == libc::EINTR) {
             sent = self.socket.send_with_fds(&[bytes.as_slice()], fds);
@@ -409,9 +452,8 @@ impl Frontend {
     /// dropped by the kernel.
     fn receive(&mut self, request: FrontendReq, body: &mut [u8]) -> Result<(), VhostUserError> {
         let during = name(request);
-        let deadline = Instant::now() + self.limit;
         let mut got = [0; HEADER];
-        self.fill(&mut got, deadline).map_err(|e| self.broken(during, e))?;
+        self.fill(&mut got).map_err(|e| self.broken(during, e))?;
         let [r0, r1, r2, r3, f0, f1, f2, f3, s0, s1, s2, s3] = got;
         let flags = u32::from_ne_bytes([f0, f1, f2, f3]);
         if u32::from_ne_bytes([r0, r1, r2, r3]) != u32::from(request)
@@ -423,16 +465,17 @@ impl Frontend {
         if size != Some(body.len()) {
             return Err(self.wrong(during, "answers with another length"));
         }
-        self.fill(body, deadline).map_err(|e| self.broken(during, e))
+        self.fill(body).map_err(|e| self.broken(during, e))
     }
 
-    fn fill(&self, mut bytes: &mut [u8], deadline: Instant) -> io::Result<()> {
+    /// How long the operation may still wait.
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now()).max(AT_LEAST)
+    }
+
+    fn fill(&self, mut bytes: &mut [u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.socket.set_read_timeout(Some(left))?;
+            self.socket.set_read_timeout(Some(self.left()))?;
             match (&self.socket).read(bytes) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => bytes = bytes.get_mut(n..).unwrap_or_default(),

@@ -42,7 +42,16 @@ fn number(index: usize) -> u32 {
 impl LentQueues {
     /// Connects to `socket` for `queues` queues; a back end that does not say how many it has, has `implied`.
     pub(super) fn connect(socket: &Path, queues: usize, implied: u64) -> Result<Self, VhostUserError> {
-        let mut frontend = Frontend::open(socket)?;
+        Self::over(Frontend::open(socket)?, socket, queues, implied)
+    }
+
+    /// As [`LentQueues::connect`], over a connection.
+    pub(super) fn over(
+        mut frontend: Frontend,
+        socket: &Path,
+        queues: usize,
+        implied: u64,
+    ) -> Result<Self, VhostUserError> {
         if frontend.features() & 1 << VIRTIO_F_VERSION_1 == 0 {
             return Err(frontend.lacks("virtio 1.0 (VIRTIO_F_VERSION_1)"));
         }
@@ -84,6 +93,7 @@ impl LentQueues {
     /// enabled.
     pub(super) fn start(&mut self, activation: &mut Activation, enabled: usize) -> Result<(), VhostUserError> {
         self.active = true;
+        self.frontend.begin();
         let features = activation.features & self.frontend.features();
         self.frontend.set_features(features)?;
         self.frontend.set_memory(&activation.memory)?;
@@ -118,6 +128,7 @@ impl LentQueues {
     /// Takes the queues back. When this returns, the back end uses them no longer, or is given up.
     pub(super) fn stop(&mut self) {
         self.active = false;
+        self.frontend.begin();
         for (index, lent) in self.lent.iter_mut().enumerate() {
             if lent.take().is_none() || self.frontend.is_gone() {
                 continue;
@@ -137,6 +148,7 @@ impl LentQueues {
     pub(super) fn update_memory(&mut self, memory: &Arc<PodMemory>) -> Result<(), VhostUserError> {
         table::regions(memory)?;
         if self.active {
+            self.frontend.begin();
             self.frontend.set_memory(memory)?;
         }
         Ok(())
@@ -148,6 +160,7 @@ impl LentQueues {
             return Ok(());
         };
         let direct = lent.interrupt.eventfd();
+        self.frontend.begin();
         self.frontend.set_call(number(index), direct.as_ref().unwrap_or(call))
     }
 

@@ -30,9 +30,10 @@ pub use self::net::VhostUserNetOptions;
 use super::device::{Activation, DeviceError, VirtioDevice};
 use crate::memory::PodMemory;
 
-/// How long a back end may take for one answer. Stopping a queue waits for the requests that it has begun.
-pub const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// How long a socket may take to appear and to be listened to.
+/// How long a back end may take for all answers of one operation: being connected to, taking the queues, giving them
+/// back (which waits for the requests that it has begun).
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// How long a socket may take to appear, to be listened to and to accept.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(1);
 
 /// The most queues: a ring's number has eight bits in some messages.
@@ -62,6 +63,17 @@ pub enum VhostUserError {
         /// The socket.
         path: PathBuf,
         /// The last error.
+        source: io::Error,
+    },
+    /// Nobody connects to the socket.
+    #[error(
+        "vhost-user socket {}: no back end connects: {source}; start one that connects, or use vhost_mode Client",
+        path.display()
+    )]
+    Accept {
+        /// The socket.
+        path: PathBuf,
+        /// The error.
         source: io::Error,
     },
     /// The connection failed.
@@ -121,7 +133,7 @@ pub enum VhostUserError {
     /// The pod's memory is not a file that another process can map.
     #[error(
         "vhost-user: guest memory at {gpa:#x} is private to this process; give the pod memory that a back end can map: \
-         memory shared=on"
+         memory.shared true (--memory shared=on)"
     )]
     PrivateMemory {
         /// Where the region begins.
@@ -261,6 +273,10 @@ impl VirtioDevice for VhostUser {
         }
         self.lent.stop();
         self.reset_writeback();
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lent.frontend.is_gone()
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::*;
 
+use super::frontend::Frontend;
 use super::lent::LentQueues;
 use super::{VhostUser, VhostUserError, check_queues};
 use crate::memory::PodMemory;
@@ -27,6 +28,8 @@ const LINK_UP: u16 = 1;
 pub struct VhostUserNetOptions {
     /// The back end's socket.
     pub socket: PathBuf,
+    /// The back end connects to the socket, which this process listens on.
+    pub server: bool,
     /// The driver's MAC address; None: the driver makes one.
     pub mac: Option<[u8; 6]>,
     /// The MTU that the driver is told; None: the driver takes its own default.
@@ -49,6 +52,7 @@ impl VhostUserNetOptions {
     pub fn new(socket: PathBuf) -> Self {
         Self {
             socket,
+            server: false,
             mac: None,
             mtu: None,
             num_queues: 2,
@@ -128,7 +132,12 @@ impl VhostUser {
     pub fn net(options: &VhostUserNetOptions) -> Result<Self, VhostUserError> {
         options.check()?;
         let queues = usize::from(options.num_queues);
-        let mut lent = LentQueues::connect(&options.socket, queues, IMPLIED_QUEUES)?;
+        let socket = &options.socket;
+        let frontend = match options.server {
+            true => Frontend::listen(socket)?,
+            false => Frontend::open(socket)?,
+        };
+        let mut lent = LentQueues::over(frontend, socket, queues, IMPLIED_QUEUES)?;
         if let Some(mtu) = options.mtu {
             lent.frontend.set_mtu(mtu)?;
         }
@@ -211,6 +220,7 @@ impl Control {
         if pairs == 0 || wanted > self.index {
             return Ok(false);
         }
+        lent.frontend.begin();
         for index in wanted..self.enabled {
             lent.enable(index, false)?;
         }

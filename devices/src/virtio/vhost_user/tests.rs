@@ -195,6 +195,7 @@ fn a_back_end_that_dies_fails_the_device_for_good() {
     assert!(error.contains("not connected to again"), "{error}");
     h.device.reset();
     assert_eq!(h.device.counters()[1], ("back_end_gone", 1));
+    assert!(h.device.is_lost());
 }
 
 #[test]
@@ -215,7 +216,7 @@ fn private_memory_is_refused_with_the_remedy() {
     device.update_memory(&shared_memory()).unwrap();
     let anonymous = test_memory(1 << 20, None);
     let error = device.update_memory(&anonymous).unwrap_err().to_string();
-    assert!(error.contains("memory shared=on"), "{error}");
+    assert!(error.contains("memory.shared"), "{error}");
 
     // A file is not enough: a restored pod's is mapped privately.
     let file = tempfile::tempfile().unwrap();
@@ -297,6 +298,50 @@ fn a_socket_that_appears_late_is_connected_to_and_one_that_does_not_is_named() {
     let listener = UnixListener::bind(&path).unwrap();
     listener.accept().unwrap();
     client.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_listener_that_does_not_accept_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("full");
+    let _listener = UnixListener::bind(&path).unwrap();
+    // Clients until its backlog is full; a connect that waits would wait for ever now.
+    let mut waiting = Vec::new();
+    while let Ok(client) = crate::virtio::vsock::sys::connect(&path) {
+        waiting.push(client);
+    }
+    let error = VhostUser::fs(&VhostUserFsOptions::new("t".into(), path))
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(error.contains("cannot connect"), "{error}");
+}
+
+#[test]
+fn a_back_end_that_connects() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    // What another monitor left there goes; what is no socket stays.
+    drop(UnixListener::bind(&path).unwrap());
+    let mut back_end = BackEnd::connecting(&path, 1 << VIRTIO_NET_F_CSUM, 2);
+    let options = VhostUserNetOptions {
+        server: true,
+        ..VhostUserNetOptions::new(path.clone())
+    };
+    let mut h = harness(VhostUser::net(&options).unwrap());
+    h.activate().unwrap();
+    assert_eq!(echo(&mut h, 1, b"xyz"), b"zyx");
+    assert!(!path.exists(), "one client is all that is waited for");
+    back_end.die();
+    std::fs::write(&path, "a file").unwrap();
+    let error = VhostUser::net(&options).err().unwrap().to_string();
+    assert!(error.contains("no back end connects"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"a file");
+
+    let nobody = dir.path().join("nobody");
+    let error = frontend::accept(&nobody, std::time::Duration::ZERO).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    assert!(!nobody.exists());
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod connection;
 mod handshake;
 mod muxer;
 mod packet;
-mod sys;
+pub(super) mod sys;
 #[cfg(test)]
 mod tests;
 

@@ -79,7 +79,7 @@ pub(super) fn listen_private(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Connects to `path` at once or fails (`WouldBlock` when the listener's backlog is full).
-pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
+pub(in crate::virtio) fn connect(path: &Path) -> io::Result<UnixStream> {
     let fd = socket()?;
     let (address, len) = address(path)?;
     // SAFETY: `address` is a sockaddr_un of `len` bytes that outlives the call.

@@ -4,8 +4,8 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -87,6 +87,36 @@ impl BackEnd {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
+        let socket = move || listener.accept().map(|(socket, _)| socket);
+        Self::over(features, queues, protocol, config, dir, path, socket)
+    }
+
+    /// Connects to `path`, where a front end will listen.
+    pub(super) fn connecting(path: &Path, features: u64, queues: u64) -> Self {
+        let connect = {
+            let path = path.to_owned();
+            move || {
+                loop {
+                    match UnixStream::connect(&path) {
+                        Err(_) => std::thread::yield_now(),
+                        connected => return connected,
+                    }
+                }
+            }
+        };
+        let dir = tempfile::tempdir().unwrap();
+        Self::over(features, queues, PROTOCOL, Vec::new(), dir, path.to_owned(), connect)
+    }
+
+    fn over(
+        features: u64,
+        queues: u64,
+        protocol: VhostUserProtocolFeatures,
+        config: Vec<u8>,
+        dir: tempfile::TempDir,
+        path: PathBuf,
+        socket: impl FnOnce() -> std::io::Result<UnixStream> + Send + 'static,
+    ) -> Self {
         let rings = (0..queues).map(|_| Ring::default()).collect();
         let state = Arc::new(Mutex::new(State {
             features: features | 1 << 32 | 1 << 28 | 1 << 29 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
@@ -100,7 +130,7 @@ impl BackEnd {
         let stop = EventFd::new(EFD_NONBLOCK).unwrap();
         let (theirs, told) = (Arc::clone(&state), stop.try_clone().unwrap());
         let thread = std::thread::spawn(move || {
-            if let Ok((socket, _)) = listener.accept() {
+            if let Ok(socket) = socket() {
                 run(
                     BackendReqHandler::from_stream(socket, Arc::clone(&theirs)),
                     &theirs,
