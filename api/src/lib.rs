@@ -3,6 +3,7 @@
 //! descriptor passing, and a small client. Nothing here knows KVM, devices or guest memory: the monitor takes a parsed
 //! request from here and hands a response back.
 
+pub mod endpoints;
 pub mod events;
 pub mod http;
 mod json;

@@ -1,4 +1,4 @@
-//! The OpenAPI description of the API, made from the wire types and the list of endpoints: `openapi.yaml` is what
+//! The OpenAPI description of the API, made from the wire types and the table of endpoints: `openapi.yaml` is what
 //! [`yaml`] returns, and a test compares the two. Cloud Hypervisor's paths, methods and success codes; refusals are
 //! podvisor's, each an array of causes.
 
@@ -9,6 +9,7 @@ use schemars::transform::RecursiveTransform;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
+use crate::endpoints::{Answer, Body, ENDPOINTS, Endpoint, REFUSED, Takes};
 use crate::types::{
     DeviceConfig, DiskConfig, FsConfig, NetConfig, PciDeviceInfo, PmemConfig, RestoreConfig, VmConfig, VmInfo,
     VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig, VmmPingResponse, VsockConfig,
@@ -33,102 +34,34 @@ fn anything(_: &mut SchemaGenerator) -> Schema {
     schemars::json_schema!({ "type": "object" })
 }
 
-/// What an endpoint answers when it did what it was asked.
-#[derive(Clone, Copy)]
-enum Success {
-    /// 204.
-    Nothing,
-    /// 200 without a body.
-    Empty,
-    /// 200 with a body.
-    Body(SchemaOf),
-    /// 200 with where the device is when the VM runs, 204 when it was only put into the configuration.
-    Device,
+/// The method, as the document spells it.
+fn method(endpoint: &Endpoint) -> String {
+    endpoint.method.as_str().to_lowercase()
 }
 
-struct Endpoint {
-    name: &'static str,
-    summary: &'static str,
-    method: &'static str,
-    body: Option<SchemaOf>,
-    success: Success,
+/// The schema of a body.
+fn schema(body: Body, generator: &mut SchemaGenerator) -> Schema {
+    let schema_of: SchemaOf = match body {
+        Body::VmConfig => of::<VmConfig>,
+        Body::VmInfo => of::<VmInfo>,
+        Body::Counters => counters,
+        Body::VmmPingResponse => of::<VmmPingResponse>,
+        Body::VmResize => of::<VmResize>,
+        Body::VmResizeDisk => of::<VmResizeDisk>,
+        Body::VmResizeZone => of::<VmResizeZone>,
+        Body::VmRemoveDevice => of::<VmRemoveDevice>,
+        Body::VmSnapshotConfig => of::<VmSnapshotConfig>,
+        Body::RestoreConfig => of::<RestoreConfig>,
+        Body::DeviceConfig => of::<DeviceConfig>,
+        Body::DiskConfig => of::<DiskConfig>,
+        Body::FsConfig => of::<FsConfig>,
+        Body::NetConfig => of::<NetConfig>,
+        Body::PmemConfig => of::<PmemConfig>,
+        Body::VsockConfig => of::<VsockConfig>,
+        Body::Object => anything,
+    };
+    schema_of(generator)
 }
-
-const fn get(name: &'static str, body: SchemaOf, summary: &'static str) -> Endpoint {
-    Endpoint {
-        name,
-        summary,
-        method: "get",
-        body: None,
-        success: Success::Body(body),
-    }
-}
-
-const fn put(name: &'static str, summary: &'static str) -> Endpoint {
-    Endpoint {
-        name,
-        summary,
-        method: "put",
-        body: None,
-        success: Success::Nothing,
-    }
-}
-
-impl Endpoint {
-    const fn taking(self, body: SchemaOf) -> Self {
-        Self {
-            body: Some(body),
-            ..self
-        }
-    }
-
-    const fn answering(self, success: Success) -> Self {
-        Self { success, ..self }
-    }
-
-    const fn adding(self, body: SchemaOf) -> Self {
-        self.taking(body).answering(Success::Device)
-    }
-}
-
-/// Every endpoint of Cloud Hypervisor's API (openapi 0.3.0), those that podvisor refuses included.
-const ENDPOINTS: &[Endpoint] = &[
-    get("vmm.ping", of::<VmmPingResponse>, "Says which monitor this is"),
-    put("vmm.shutdown", "Stops the VM and ends the monitor").answering(Success::Empty),
-    get("vm.info", of::<VmInfo>, "Configuration and state of the VM"),
-    get("vm.counters", counters, "Counters of the devices"),
-    put("vm.create", "Takes the configuration of a VM").taking(of::<VmConfig>),
-    put("vm.delete", "Forgets the VM"),
-    put("vm.boot", "Starts the VM"),
-    put("vm.pause", "Stops the vCPUs where they are"),
-    put("vm.resume", "Lets a paused VM go on"),
-    put("vm.shutdown", "Ends the VM, which stays configured"),
-    put("vm.reboot", "Ends the VM and starts it again"),
-    put("vm.power-button", "Presses the power button"),
-    put("vm.nmi", "Sends an NMI to all vCPUs"),
-    put("vm.resize", "Changes vCPUs, memory or balloon").taking(of::<VmResize>),
-    put("vm.resize-disk", "Changes the size of a disk").taking(of::<VmResizeDisk>),
-    put("vm.resize-zone", "Changes the size of a memory zone").taking(of::<VmResizeZone>),
-    put("vm.add-device", "Adds a host device").adding(of::<DeviceConfig>),
-    put("vm.add-disk", "Adds a disk").adding(of::<DiskConfig>),
-    put("vm.add-fs", "Adds a shared file system").adding(of::<FsConfig>),
-    put("vm.add-generic-vhost-user", "Adds a generic vhost-user device").adding(anything),
-    put(
-        "vm.add-net",
-        "Adds a network device; its taps may come as descriptors with the request",
-    )
-    .adding(of::<NetConfig>),
-    put("vm.add-pmem", "Adds persistent memory").adding(of::<PmemConfig>),
-    put("vm.add-user-device", "Adds a vfio-user device").adding(anything),
-    put("vm.add-vdpa", "Adds a vDPA device").adding(anything),
-    put("vm.add-vsock", "Adds the socket device").adding(of::<VsockConfig>),
-    put("vm.remove-device", "Asks the guest to let go of a device").taking(of::<VmRemoveDevice>),
-    put("vm.snapshot", "Saves a paused VM").taking(of::<VmSnapshotConfig>),
-    put("vm.restore", "Makes a VM from what was saved").taking(of::<RestoreConfig>),
-    put("vm.coredump", "Writes the guest's memory as a core file").taking(anything),
-    put("vm.receive-migration", "Waits for a VM to be sent").taking(anything),
-    put("vm.send-migration", "Sends the VM to another monitor").taking(anything),
-];
 
 /// What went wrong, by status: its name in the document, what it says.
 const REFUSALS: &[(&str, &str, &str)] = &[
@@ -137,12 +70,19 @@ const REFUSALS: &[(&str, &str, &str)] = &[
         "Invalid",
         "The request cannot be: the causes name the field and its value",
     ),
+    (
+        "403",
+        "WillNot",
+        "podvisor does not do that; the causes say what to do instead",
+    ),
     ("404", "Absent", "There is no VM, or no such device"),
+    ("405", "NotNow", "The VM is not booted"),
     (
         "409",
         "Conflict",
         "The VM's state, or what it has already, does not allow it",
     ),
+    ("429", "Pending", "The guest has not done yet what it was asked before"),
     ("500", "Failed", "It was tried and failed"),
     ("501", "Unsupported", "This version does not do that"),
     ("4XX", "Refused", "Refused for another reason"),
@@ -207,7 +147,7 @@ fn refusals() -> Value {
     Value::Object(REFUSALS.iter().map(named).collect())
 }
 
-fn responses(success: Success, generator: &mut SchemaGenerator) -> Value {
+fn responses(endpoint: &Endpoint, generator: &mut SchemaGenerator) -> Value {
     let mut all = Map::new();
     let mut add = |status: &str, description: &str, schema: Option<Schema>| {
         let mut response = json!({ "description": description });
@@ -216,11 +156,13 @@ fn responses(success: Success, generator: &mut SchemaGenerator) -> Value {
         }
         all.insert(status.to_owned(), response);
     };
-    match success {
-        Success::Nothing => add("204", "Done", None),
-        Success::Empty => add("200", "Done", None),
-        Success::Body(schema) => add("200", "The answer", Some(schema(generator))),
-        Success::Device => {
+    match endpoint.answer {
+        // Nothing but refusals comes from what is refused.
+        _ if endpoint.refused.is_some() => {}
+        Answer::Nothing => add("204", "Done", None),
+        Answer::Empty => add("200", "Done", None),
+        Answer::Json(body) => add("200", "The answer", Some(schema(body, generator))),
+        Answer::Device => {
             add(
                 "200",
                 "The VM runs and has the device",
@@ -240,11 +182,20 @@ fn operation(endpoint: &Endpoint, generator: &mut SchemaGenerator) -> Value {
     let mut operation = json!({
         "operationId": endpoint.name,
         "summary": endpoint.summary,
-        "responses": responses(endpoint.success, generator),
+        "responses": responses(endpoint, generator),
     });
-    if let (Some(body), Some(operation)) = (endpoint.body, operation.as_object_mut()) {
-        let schema = body(generator);
-        operation.insert(
+    let Some(fields) = operation.as_object_mut() else {
+        return operation;
+    };
+    if let Some(why) = endpoint.refused {
+        fields.insert(
+            "description".to_owned(),
+            json!(format!("Refused with {REFUSED}: {why}.")),
+        );
+    }
+    if let Takes::Json(body) = endpoint.takes {
+        let schema = schema(body, generator);
+        fields.insert(
             "requestBody".to_owned(),
             json!({ "required": true, "content": content(schema.as_value()) }),
         );
@@ -262,7 +213,7 @@ pub fn document() -> Value {
     let mut paths = Map::new();
     for endpoint in ENDPOINTS {
         let operation = operation(endpoint, &mut generator);
-        paths.insert(format!("/{}", endpoint.name), json!({ endpoint.method: operation }));
+        paths.insert(format!("/{}", endpoint.name), json!({ method(endpoint): operation }));
     }
     let mut schemas = generator.take_definitions(true);
     schemas.insert(

@@ -1,10 +1,12 @@
-//! The API: one function an endpoint, and the table that finds it. Nothing here knows sockets or HTTP framing.
+//! The API: what each endpoint does. Which there are, and what they take and answer, is `podvisor_api`'s table; nothing
+//! here knows sockets or HTTP framing.
 
 mod snapshot;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use podvisor_api::endpoints::{Endpoint, EndpointId, REFUSED, Takes};
 use podvisor_api::types::{DiskConfig, FsConfig, VmConfig, VmRemoveDevice, VmmPingResponse, VsockConfig};
 use podvisor_api::{JsonError, from_json};
 
@@ -66,130 +68,21 @@ impl Refusal {
             causes: vec![cause.into()],
         }
     }
+
+    /// The refusal as the answer has it: the first string says what could not be done and names what was wrong with it,
+    /// and the causes below that follow.
+    fn of(mut self, endpoint: &Endpoint) -> Self {
+        let first = match self.causes.first() {
+            Some(cause) => format!("Error from API: {}: {cause}", endpoint.fails),
+            None => format!("Error from API: {}", endpoint.fails),
+        };
+        self.causes.drain(..self.causes.len().min(1));
+        self.causes.insert(0, first);
+        self
+    }
 }
 
 type Outcome = Result<Reply, Refusal>;
-
-const BASE: &str = "/api/v1/";
-
-/// Whether an endpoint takes a body.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Body {
-    No,
-    Needed,
-}
-
-struct Endpoint {
-    name: &'static str,
-    method: &'static str,
-    body: Body,
-    /// What could not be done, when it is refused.
-    fails: &'static str,
-    handle: fn(&mut State<'_>, &[u8]) -> Outcome,
-}
-
-const fn get(name: &'static str, fails: &'static str, handle: fn(&mut State<'_>, &[u8]) -> Outcome) -> Endpoint {
-    Endpoint {
-        name,
-        method: "GET",
-        body: Body::No,
-        fails,
-        handle,
-    }
-}
-
-const fn put(
-    name: &'static str,
-    body: Body,
-    fails: &'static str,
-    handle: fn(&mut State<'_>, &[u8]) -> Outcome,
-) -> Endpoint {
-    Endpoint {
-        name,
-        method: "PUT",
-        body,
-        fails,
-        handle,
-    }
-}
-
-const ENDPOINTS: &[Endpoint] = &[
-    get("vmm.ping", "The VMM could not answer", ping),
-    put("vmm.shutdown", Body::No, "The VMM could not shut down", vmm_shutdown),
-    get("vm.info", "The VM info is not available", info),
-    get("vm.counters", "The VM counters are not available", counters),
-    put("vm.create", Body::Needed, "The VM could not be created", create),
-    put("vm.delete", Body::No, "The VM could not be deleted", delete),
-    put("vm.boot", Body::No, "The VM could not boot", boot),
-    put("vm.pause", Body::No, "The VM could not be paused", pause),
-    put(
-        "vm.snapshot",
-        Body::Needed,
-        "The VM could not be snapshotted",
-        snapshot::save,
-    ),
-    put(
-        "vm.restore",
-        Body::Needed,
-        "The VM could not be restored",
-        snapshot::restore,
-    ),
-    put("vm.resume", Body::No, "The VM could not resume", resume),
-    put("vm.shutdown", Body::No, "The VM could not shutdown", shutdown),
-    put("vm.reboot", Body::No, "The VM could not reboot", reboot),
-    put(
-        "vm.power-button",
-        Body::No,
-        "The power button could not be pressed",
-        power_button,
-    ),
-    put(
-        "vm.add-disk",
-        Body::Needed,
-        "The disk could not be added to the VM",
-        add_section::<DiskConfig>,
-    ),
-    put(
-        "vm.add-net",
-        Body::Needed,
-        "The network device could not be added to the VM",
-        add_net,
-    ),
-    put(
-        "vm.add-fs",
-        Body::Needed,
-        "The fs could not be added to the VM",
-        add_section::<FsConfig>,
-    ),
-    put(
-        "vm.add-vsock",
-        Body::Needed,
-        "The vsock device could not be added to the VM",
-        add_section::<VsockConfig>,
-    ),
-    put(
-        "vm.remove-device",
-        Body::Needed,
-        "The device could not be removed from the VM",
-        remove_device,
-    ),
-    put("vm.resize", Body::Needed, "The VM could not be resized", resize),
-];
-
-/// Endpoints of Cloud Hypervisor's API (openapi 0.3.0) that this version does not have.
-const LATER: &[&str] = &[
-    "vm.add-device",
-    "vm.add-generic-vhost-user",
-    "vm.add-pmem",
-    "vm.add-user-device",
-    "vm.add-vdpa",
-    "vm.coredump",
-    "vm.nmi",
-    "vm.receive-migration",
-    "vm.resize-disk",
-    "vm.resize-zone",
-    "vm.send-migration",
-];
 
 /// Answers `call`.
 pub fn answer(state: &mut State<'_>, call: &Call<'_>) -> Reply {
@@ -213,37 +106,69 @@ pub fn answer(state: &mut State<'_>, call: &Call<'_>) -> Reply {
 
 fn route(state: &mut State<'_>, call: &Call<'_>) -> Outcome {
     let unknown = || Refusal::new(404, format!("{} is no endpoint of this API", call.path));
-    let name = call.path.strip_prefix(BASE).ok_or_else(unknown)?;
-    let Some(endpoint) = ENDPOINTS.iter().find(|e| e.name == name) else {
-        if LATER.contains(&name) {
-            let version = env!("CARGO_PKG_VERSION");
-            return Err(Refusal::new(
-                501,
-                format!("{name} is not supported yet by podvisor {version}"),
-            ));
-        }
-        return Err(unknown());
-    };
-    if call.method != endpoint.method {
-        let reason = format!("{name} takes {}, not {}", endpoint.method, call.method);
+    let endpoint = Endpoint::at(call.path).ok_or_else(unknown)?;
+    let name = endpoint.name;
+    let wanted = endpoint.method.as_str();
+    if call.method != wanted {
+        let reason = format!("{name} takes {wanted}, not {}", call.method);
         return Err(Refusal::new(400, reason));
     }
-    let check = match (endpoint.body, call.body.is_empty()) {
-        (Body::No, false) => Err(format!("{name} takes no body")),
-        (Body::Needed, true) => Err(format!("{name} needs a JSON body")),
+    if let Some(why) = endpoint.refused {
+        return Err(Refusal::new(REFUSED, format!("{name}: {why}")).of(endpoint));
+    }
+    let check = match (endpoint.takes, call.body.is_empty()) {
+        (Takes::NoBody, false) => Err(format!("{name} takes no body, and {} bytes came", call.body.len())),
+        (Takes::Json(_), true) => Err(format!("{name} needs a JSON body")),
         _ => Ok(()),
     };
     check.map_err(|reason| Refusal::new(400, reason))?;
     tracing::debug!(method = call.method, name, "request");
-    (endpoint.handle)(state, call.body).map_err(|mut refusal| {
-        refusal.causes.insert(0, endpoint.fails.to_owned());
-        refusal.causes.insert(0, "Error from API".to_owned());
-        refusal
-    })
+    dispatch(state, endpoint, call.body).map_err(|refusal| refusal.of(endpoint))
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the handlers have one signature")]
-fn done() -> Outcome {
+fn dispatch(state: &mut State<'_>, endpoint: &Endpoint, body: &[u8]) -> Outcome {
+    match endpoint.id {
+        EndpointId::VmmPing => ping(),
+        EndpointId::VmmShutdown => Ok(vmm_shutdown(state)),
+        EndpointId::VmInfo => json(&state.pod.info()?),
+        EndpointId::VmCounters => json(&state.pod.counters()?),
+        EndpointId::VmCreate => done(state.pod.create(parse::<VmConfig>(body)?)),
+        EndpointId::VmDelete => {
+            state.pod.delete(state.events);
+            done(Ok(()))
+        }
+        EndpointId::VmBoot => done(state.pod.boot(state.events)),
+        EndpointId::VmPause => done(state.pod.pause()),
+        EndpointId::VmResume => done(state.pod.resume()),
+        EndpointId::VmShutdown => done(state.pod.stop(state.events)),
+        EndpointId::VmReboot => done(state.pod.reboot(state.events)),
+        EndpointId::VmPowerButton => done(state.pod.power_button()),
+        EndpointId::VmNmi => done(state.pod.nmi()),
+        EndpointId::VmResize => done(state.pod.resize(&parse(body)?)),
+        EndpointId::VmAddDisk => add_section::<DiskConfig>(state, body),
+        EndpointId::VmAddFs => add_section::<FsConfig>(state, body),
+        EndpointId::VmAddNet => add_net(state, body),
+        EndpointId::VmAddVsock => add_section::<VsockConfig>(state, body),
+        EndpointId::VmRemoveDevice => done(state.pod.remove(&parse::<VmRemoveDevice>(body)?.id)),
+        EndpointId::VmSnapshot => snapshot::save(state, body),
+        EndpointId::VmRestore => snapshot::restore(state, body),
+        EndpointId::VmResizeDisk | EndpointId::VmResizeZone | EndpointId::VmAddPmem => {
+            let version = env!("CARGO_PKG_VERSION");
+            let reason = format!("{} is not supported yet by podvisor {version}", endpoint.name);
+            Err(Refusal::new(501, reason))
+        }
+        EndpointId::VmAddDevice
+        | EndpointId::VmAddGenericVhostUser
+        | EndpointId::VmAddUserDevice
+        | EndpointId::VmAddVdpa
+        | EndpointId::VmCoredump
+        | EndpointId::VmReceiveMigration
+        | EndpointId::VmSendMigration => Err(Refusal::new(REFUSED, endpoint.refused.unwrap_or_default())),
+    }
+}
+
+fn done(outcome: Result<(), PodError>) -> Outcome {
+    outcome?;
     Ok(Reply {
         status: 204,
         body: None,
@@ -259,7 +184,7 @@ fn json(value: &impl serde::Serialize) -> Outcome {
         .map_err(|e| Refusal::new(500, e.to_string()))
 }
 
-fn ping(_: &mut State<'_>, _: &[u8]) -> Outcome {
+fn ping() -> Outcome {
     let version = env!("CARGO_PKG_VERSION");
     json(&VmmPingResponse {
         build_version: format!("v{version}"),
@@ -269,21 +194,13 @@ fn ping(_: &mut State<'_>, _: &[u8]) -> Outcome {
     })
 }
 
-fn vmm_shutdown(state: &mut State<'_>, _: &[u8]) -> Outcome {
+fn vmm_shutdown(state: &mut State<'_>) -> Reply {
     state.pod.delete(state.events);
     *state.shutdown = true;
-    Ok(Reply {
+    Reply {
         status: 200,
         body: None,
-    })
-}
-
-fn info(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    json(&state.pod.info()?)
-}
-
-fn counters(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    json(&state.pod.counters()?)
+    }
 }
 
 /// The body as type `T`.
@@ -291,16 +208,11 @@ fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
     from_json(body).map_err(|e: JsonError| Refusal::new(400, e.to_string()))
 }
 
-fn create(state: &mut State<'_>, body: &[u8]) -> Outcome {
-    state.pod.create(parse::<VmConfig>(body)?)?;
-    done()
-}
-
 /// 200 with where the device is when the pod runs, 204 when it is only configured.
 fn add(state: &mut State<'_>, addition: &dyn Addition) -> Outcome {
     match state.pod.add(addition, state.events)? {
         Some(info) => json(&info),
-        None => done(),
+        None => done(Ok(())),
     }
 }
 
@@ -313,51 +225,6 @@ fn add_net(state: &mut State<'_>, body: &[u8]) -> Outcome {
     let config = parse(body)?;
     let fds = Arc::new(std::mem::take(&mut state.files));
     add(state, &AddedNet { config, fds })
-}
-
-fn remove_device(state: &mut State<'_>, body: &[u8]) -> Outcome {
-    state.pod.remove(&parse::<VmRemoveDevice>(body)?.id)?;
-    done()
-}
-
-fn resize(state: &mut State<'_>, body: &[u8]) -> Outcome {
-    state.pod.resize(&parse(body)?)?;
-    done()
-}
-
-fn delete(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    state.pod.delete(state.events);
-    done()
-}
-
-fn boot(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    state.pod.boot(state.events)?;
-    done()
-}
-
-fn pause(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    state.pod.pause()?;
-    done()
-}
-
-fn resume(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    state.pod.resume()?;
-    done()
-}
-
-fn shutdown(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    state.pod.stop(state.events)?;
-    done()
-}
-
-fn reboot(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    state.pod.reboot(state.events)?;
-    done()
-}
-
-fn power_button(state: &mut State<'_>, _: &[u8]) -> Outcome {
-    state.pod.power_button()?;
-    done()
 }
 
 #[cfg(test)]

@@ -269,6 +269,14 @@ impl Machine {
         self.chipset.power_button()
     }
 
+    /// Sends every vCPU an NMI; a paused guest takes it when it goes on.
+    ///
+    /// # Errors
+    /// When a vCPU does not take it.
+    pub fn nmi(&mut self) -> io::Result<()> {
+        self.vcpus.nmi(self.plug.hypervisor.vm())
+    }
+
     /// The devices, in the order of their slots.
     #[must_use]
     pub fn devices(&self) -> &[DeviceInfo] {

@@ -40,10 +40,10 @@ pub enum PodError {
     #[error("VM is {0} already")]
     Already(&'static str),
     /// Its configuration.
-    #[error("the configuration is refused")]
+    #[error(transparent)]
     Config(#[from] PlanError),
     /// Its boot failed; it stays created.
-    #[error("the boot failed")]
+    #[error(transparent)]
     Boot(#[from] BootError),
     /// There is no such device.
     #[error("no device is named {0:?}: vm.info has the names")]
@@ -52,16 +52,16 @@ pub enum PodError {
     #[error("{0}")]
     Conflict(&'static str),
     /// The device cannot be made.
-    #[error("the device is refused")]
+    #[error(transparent)]
     Refused(#[from] RegistryError),
     /// What was asked for does not exist here.
     #[error("{0}")]
     Unsupported(String),
     /// It cannot be saved or restored.
-    #[error("the snapshot is refused")]
-    Unsaved(#[source] BootError),
+    #[error(transparent)]
+    Unsaved(BootError),
     /// Its snapshot's files.
-    #[error("the snapshot is refused")]
+    #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     /// A device failed.
     #[error("{0}")]
@@ -292,6 +292,16 @@ impl PodSlot {
         self.machine_mut()?
             .power_button()
             .map_err(|e| PodError::Device("raising the power button's interrupt", e))
+    }
+
+    /// Sends its vCPUs an NMI each, as an operator does who wants a hung guest to say where it hangs.
+    ///
+    /// # Errors
+    /// When it does not run, or a vCPU does not take it.
+    pub fn nmi(&mut self) -> Result<(), PodError> {
+        self.machine_mut()?
+            .nmi()
+            .map_err(|e| PodError::Device("sending the NMI", e))
     }
 
     /// Adds a device: to the configuration, and to the machine if it runs, which tells where it is.
@@ -542,9 +552,9 @@ impl PodError {
             Self::Unsupported(_) => 501,
             Self::Config(PlanError::Config(error)) if error.conflict => 409,
             Self::Config(_) | Self::Refused(_) => 400,
-            Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::NotRunning | Self::Already(_) => {
-                409
-            }
+            // What Cloud Hypervisor's description has for a VM that is not booted.
+            Self::NotRunning => 405,
+            Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::Already(_) => 409,
             Self::Unsaved(_) | Self::Snapshot(_) => 400,
             Self::Boot(_) | Self::Device(..) => 500,
         }

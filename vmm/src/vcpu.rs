@@ -218,6 +218,24 @@ impl Vcpus {
         self.handles.iter().map(read).collect()
     }
 
+    /// Sends each vCPU of `vm` an NMI. The guest stands meanwhile: KVM takes a vCPU's calls only while it does not run.
+    ///
+    /// # Errors
+    /// When a vCPU does not take it.
+    pub fn nmi(&mut self, vm: &VmFd) -> io::Result<()> {
+        let ran = !self.paused;
+        self.pause();
+        let send = |&fd: &RawFd| {
+            let vcpu = state::second_handle(vm, fd).map_err(io::Error::other)?;
+            vcpu.nmi().map_err(|e| io::Error::from_raw_os_error(e.errno()))
+        };
+        let sent = self.handles.iter().try_for_each(send);
+        if ran {
+            self.resume();
+        }
+        sent
+    }
+
     /// Stops the guest where it is; returns when no vCPU runs.
     pub fn pause(&mut self) {
         self.want(Wish::Pause);

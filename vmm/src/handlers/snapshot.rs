@@ -7,13 +7,11 @@ use super::{Outcome, State, done, parse};
 /// vm.snapshot.
 pub(super) fn save(state: &mut State<'_>, body: &[u8]) -> Outcome {
     let wanted: VmSnapshotConfig = parse(body)?;
-    state.pod.snapshot(&wanted.destination_url)?;
-    done()
+    done(state.pod.snapshot(&wanted.destination_url))
 }
 
 /// vm.restore.
 pub(super) fn restore(state: &mut State<'_>, body: &[u8]) -> Outcome {
     let wanted: RestoreConfig = parse(body)?;
-    state.pod.restore(&wanted, state.events)?;
-    done()
+    done(state.pod.restore(&wanted, state.events))
 }
