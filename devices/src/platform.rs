@@ -1,6 +1,7 @@
 //! What devices need of the hypervisor, as traits: doorbells (ioeventfd), message-signalled and pin interrupts
 //! (irqfd). The monitor implements them on KVM; tests implement them with plain memory.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -38,6 +39,22 @@ pub trait IrqLine: Send + Sync {
     /// # Errors
     /// When the hypervisor's descriptor fails.
     fn trigger(&self) -> io::Result<()>;
+}
+
+/// A part of a host file that the guest sees in its address space; it no longer does when this is dropped.
+pub trait MappedFile: Send {
+    /// Guest address of the first byte.
+    fn start(&self) -> u64;
+}
+
+/// Places files of the host in a pod's address space, beside its RAM. Devices cannot reach what is there.
+pub trait FileMapper: Send + Sync {
+    /// Places the first `len` bytes of `file` at a multiple of 2 MiB. What the guest writes goes to the file, or is its
+    /// own and lost with the mapping if `private`.
+    ///
+    /// # Errors
+    /// When the address space has no room or the host refuses.
+    fn map(&self, file: &File, len: u64, private: bool) -> io::Result<Box<dyn MappedFile>>;
 }
 
 /// A step in a virtio device's life.

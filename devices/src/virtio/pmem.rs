@@ -1,8 +1,10 @@
 //! virtio-pmem (virtio 1.2 5.19): a file of the host that the guest sees as memory and makes durable by a request. The
-//! monitor maps the file at a guest address; here is what the driver is told of it, and the requests. The driver's
-//! requests that come while the host is at one are answered by the next one together.
+//! monitor maps the file at a guest address ([`FileMapper`]); here is the file, what the driver is told of it, and the
+//! requests. The driver's requests that come while the host is at one are answered by the next one together.
 
-use std::fs::File;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -17,8 +19,9 @@ use vmm_sys_util::eventfd::EventFd;
 use super::blk::flusher::Flusher;
 use super::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
 use crate::memory::PodMemory;
+use crate::platform::{FileMapper, MappedFile};
 
-/// What start and size must be multiples of: a huge page, Linux's section granularity.
+/// What the size must be a multiple of, and the start is: a huge page, Linux's section granularity.
 pub const ALIGNMENT: u64 = 2 << 20;
 /// Size of the one queue, Cloud Hypervisor's.
 const QUEUE_SIZE: u16 = 256;
@@ -36,9 +39,11 @@ const MAX_DESCRIPTORS: usize = 8;
 /// How a file becomes memory.
 #[derive(Clone, Debug)]
 pub struct PmemOptions {
-    /// A regular file or block device.
+    /// A regular file or block device, or a directory: a file is made in it, which is gone when the device is.
     pub path: PathBuf,
-    /// The file is opened read-only and must be mapped privately: what the guest writes is lost with it.
+    /// Bytes of it that the guest sees; the file's size where absent. A directory needs it.
+    pub size: Option<u64>,
+    /// The file is opened read-only and mapped privately: what the guest writes is lost with the device.
     pub discard_writes: bool,
 }
 
@@ -53,83 +58,40 @@ pub enum PmemError {
         /// Why.
         source: super::blk::BlkError,
     },
+    /// It is a directory.
+    #[error("pmem file={path}: a file is to be made in this directory; give its size")]
+    NoSize {
+        /// The directory.
+        path: PathBuf,
+    },
     /// Its size cannot be mapped.
-    #[error("pmem file={path}: its size is {size} bytes; give a file of a multiple of 2 MiB, at least 2 MiB")]
+    #[error("pmem file={path}: its size is {size} bytes; give a multiple of 2 MiB, at least 2 MiB")]
     Size {
         /// The file.
         path: PathBuf,
         /// Its size.
         size: u64,
     },
-    /// It cannot lie there.
-    #[error("pmem file={path}: {start:#x} is no multiple of 2 MiB, or the file does not end below 2^64")]
-    Start {
+    /// More of it was asked for than there is.
+    #[error("pmem file={path}: size {size} is more than the file has, {len} bytes; give at most that, or leave it out")]
+    Short {
         /// The file.
         path: PathBuf,
-        /// The guest address.
-        start: u64,
+        /// Bytes that were asked for.
+        size: u64,
+        /// Bytes of the file.
+        len: u64,
     },
-    /// A descriptor of our own cannot be made.
-    #[error("pmem file={path}: making its eventfd: {source}")]
+    /// Something of the host's cannot be had.
+    #[error("pmem file={path}: {what}")]
     Host {
         /// The file.
         path: PathBuf,
-        /// The error.
+        /// What was being done.
+        what: &'static str,
+        /// Why not.
         source: io::Error,
     },
-}
-
-/// An open file that has no place yet.
-pub struct PmemFile {
-    options: PmemOptions,
-    flusher: Flusher,
-    event: EventFd,
-}
-
-impl PmemFile {
-    /// Opens and locks the file; with `discard_writes` others may have it in the same way.
-    ///
-    /// # Errors
-    /// When it cannot be opened, is locked by someone else, or has no size that can be mapped.
-    pub fn open(options: PmemOptions) -> Result<Self, PmemError> {
-        let path = options.path.clone();
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        let event = event.map_err(|source| PmemError::Host {
-            path: path.clone(),
-            source,
-        })?;
-        let flusher = Flusher::open(&path, options.discard_writes, &event).map_err(|source| PmemError::File {
-            path: path.clone(),
-            source,
-        })?;
-        let size = flusher.size();
-        if size == 0 || !size.is_multiple_of(ALIGNMENT) {
-            return Err(PmemError::Size { path, size });
-        }
-        Ok(Self {
-            options,
-            flusher,
-            event,
-        })
-    }
-
-    /// The file, to be mapped: shared, or privately with `discard_writes`.
-    #[must_use]
-    pub fn file(&self) -> &File {
-        self.flusher.file()
-    }
-
-    /// Bytes to be mapped, a multiple of [`ALIGNMENT`].
-    #[must_use]
-    pub fn size(&self) -> u64 {
-        self.flusher.size()
-    }
-
-    /// Whether what the guest writes is lost.
-    #[must_use]
-    pub fn discards_writes(&self) -> bool {
-        self.options.discard_writes
-    }
 }
 
 /// A request that waits for the host.
@@ -150,8 +112,11 @@ struct Active {
 
 /// A virtio persistent memory device.
 pub struct Pmem {
-    file: PmemFile,
-    start: u64,
+    options: PmemOptions,
+    size: u64,
+    flusher: Flusher,
+    event: EventFd,
+    place: Box<dyn MappedFile>,
     active: Option<Active>,
     flushes: u64,
     host_flushes: u64,
@@ -159,18 +124,48 @@ pub struct Pmem {
 }
 
 impl Pmem {
-    /// A device for `file`, which the monitor has mapped at guest address `start`.
+    /// Opens and locks the file, and has `mapper` place it; with `discard_writes` others may have it in the same way.
     ///
     /// # Errors
-    /// When the address is misaligned or the file would wrap around.
-    pub fn new(file: PmemFile, start: u64) -> Result<Self, PmemError> {
-        if !start.is_multiple_of(ALIGNMENT) || start.checked_add(file.size()).is_none() {
-            let path = file.options.path;
-            return Err(PmemError::Start { path, start });
-        }
+    /// When it cannot be opened, is locked by someone else, has no size that can be mapped, or has no room.
+    pub fn open(options: PmemOptions, mapper: &dyn FileMapper) -> Result<Self, PmemError> {
+        let path = || options.path.clone();
+        let host = |what| {
+            let path = path();
+            move |source| PmemError::Host { path, what, source }
+        };
+        let aligned = |size: u64| match size {
+            size if size > 0 && size.is_multiple_of(ALIGNMENT) => Ok(size),
+            size => Err(PmemError::Size { path: path(), size }),
+        };
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host("making an eventfd"))?;
+        let asked = options.size.map(aligned).transpose()?;
+        let flusher = if options.path.is_dir() {
+            let size = asked.ok_or_else(|| PmemError::NoSize { path: path() })?;
+            Flusher::temporary(&options.path, size, &event)
+        } else {
+            Flusher::open(&options.path, options.discard_writes, &event)
+        };
+        let flusher = flusher.map_err(|source| PmemError::File { path: path(), source })?;
+        let len = flusher.size();
+        let size = match asked {
+            Some(size) if size > len => {
+                return Err(PmemError::Short {
+                    path: path(),
+                    size,
+                    len,
+                });
+            }
+            Some(size) => size,
+            None => aligned(len)?,
+        };
+        let place = mapper.map(flusher.file(), size, options.discard_writes);
         Ok(Self {
-            file,
-            start,
+            place: place.map_err(host("placing it in the pod's address space"))?,
+            options,
+            size,
+            flusher,
+            event,
             active: None,
             flushes: 0,
             host_flushes: 0,
@@ -181,7 +176,7 @@ impl Pmem {
     /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.file.options.path
+        &self.options.path
     }
 
     /// Takes requests off the ring, follows the flush under way, and starts the next.
@@ -197,7 +192,7 @@ impl Pmem {
     fn run(&mut self, active: &mut Active) -> Result<(), DeviceError> {
         let (mut used, more) = self.take_requests(active)?;
         loop {
-            if let Some(result) = self.file.flusher.finished() {
+            if let Some(result) = self.flusher.finished() {
                 if let Err(error) = &result {
                     tracing::warn!(path = %self.path().display(), %error, "pmem: the file could not be made durable");
                 }
@@ -213,12 +208,12 @@ impl Pmem {
                     used = true;
                 }
             }
-            if active.next.is_empty() || self.file.flusher.is_busy() {
+            if active.next.is_empty() || self.flusher.is_busy() {
                 break;
             }
             std::mem::swap(&mut active.current, &mut active.next);
             self.host_flushes = self.host_flushes.saturating_add(1);
-            let at_once = self.file.flusher.start().map_err(|source| DeviceError::Host {
+            let at_once = self.flusher.start().map_err(|source| DeviceError::Host {
                 what: "making a file durable",
                 source,
             })?;
@@ -227,9 +222,9 @@ impl Pmem {
             }
         }
         // While a flush is under way, its end comes back to what is left on the ring.
-        if more && !self.file.flusher.is_busy() {
+        if more && !self.flusher.is_busy() {
             // Full: it is readable already.
-            let _ = self.file.event.write(1);
+            let _ = self.event.write(1);
         }
         if used {
             active.queue.signal(&active.memory)
@@ -258,7 +253,7 @@ impl Pmem {
                 match parse(&memory, chain) {
                     Some((FLUSH, answer)) => {
                         let waiting = Waiting { head, answer };
-                        if self.file.options.discard_writes {
+                        if self.options.discard_writes {
                             // Nothing that the guest writes reaches the file.
                             self.flushes = self.flushes.saturating_add(1);
                             reply(&memory, &mut active.queue, waiting, DONE)?;
@@ -324,11 +319,8 @@ impl VirtioDevice for Pmem {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // virtio 1.2 5.19.4: start, size.
-        let config = self
-            .start
-            .to_le_bytes()
-            .into_iter()
-            .chain(self.file.size().to_le_bytes());
+        let start = self.place.start().to_le_bytes();
+        let config = start.into_iter().chain(self.size.to_le_bytes());
         let skip = usize::try_from(offset).unwrap_or(usize::MAX).min(16);
         for (place, byte) in data.iter_mut().zip(config.chain(std::iter::repeat(0)).skip(skip)) {
             *place = byte;
@@ -351,12 +343,12 @@ impl VirtioDevice for Pmem {
     }
 
     fn event_fds(&self) -> Vec<RawFd> {
-        vec![self.file.event.as_raw_fd()]
+        vec![self.event.as_raw_fd()]
     }
 
     fn on_event(&mut self, _index: usize) -> Result<(), DeviceError> {
         // An error: it is not readable, another turn took it.
-        let _ = self.file.event.read();
+        let _ = self.event.read();
         self.serve()
     }
 
@@ -380,149 +372,5 @@ impl VirtioDevice for Pmem {
             libc::SYS_read,
             libc::SYS_write,
         ]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::virtio::testing::{Buf, Harness, RawBuf};
-
-    fn file(len: u64) -> tempfile::NamedTempFile {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(len).unwrap();
-        file
-    }
-
-    fn options(file: &tempfile::NamedTempFile) -> PmemOptions {
-        PmemOptions {
-            path: file.path().to_owned(),
-            discard_writes: false,
-        }
-    }
-
-    fn device(options: PmemOptions) -> Harness<Pmem> {
-        let file = PmemFile::open(options).unwrap();
-        let mut h = Harness::new(Pmem::new(file, 1 << 32).unwrap());
-        h.activate().unwrap();
-        h
-    }
-
-    fn count(h: &Harness<Pmem>, name: &str) -> u64 {
-        h.device.counters().iter().find(|c| c.0 == name).unwrap().1
-    }
-
-    fn finish(h: &mut Harness<Pmem>, chains: usize) -> Vec<Vec<u8>> {
-        let mut done = Vec::new();
-        while done.len() < chains {
-            done.extend(h.completed(0).into_iter().map(|d| d.data[..d.len as usize].to_vec()));
-            if done.len() < chains {
-                assert!(h.poll_events(60_000).unwrap(), "the end of a flush wakes the loop");
-            }
-        }
-        done
-    }
-
-    #[test]
-    fn flushes_are_answered_together() {
-        let file = file(ALIGNMENT);
-        let mut h = device(options(&file));
-        for _ in 0..5 {
-            h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(4)]);
-            h.kick(0).unwrap();
-        }
-        assert_eq!(finish(&mut h, 5), vec![vec![0; 4]; 5]);
-        assert_eq!(count(&h, "flushes"), 5);
-        assert!((1..=5).contains(&count(&h, "host_flushes")));
-        h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(4)]);
-        h.kick(0).unwrap();
-        h.reset();
-        h.activate().unwrap();
-        h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(4)]);
-        h.kick(0).unwrap();
-        assert_eq!(finish(&mut h, 1), [[0; 4]]);
-    }
-
-    #[test]
-    fn requests_that_are_none_fail_alone() {
-        let file = file(ALIGNMENT);
-        let mut h = device(options(&file));
-        h.push(0, &[Buf::Read(&[1, 0, 0, 0]), Buf::Write(4)]);
-        h.push(0, &[Buf::Read(&[0; 4])]);
-        h.push(0, &[Buf::Write(4)]);
-        h.push(0, &[Buf::Read(&[0; 3]), Buf::Write(4)]);
-        h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(3)]);
-        let gpa = u64::MAX - 4;
-        h.push_raw(
-            0,
-            &[RawBuf {
-                gpa,
-                len: 4,
-                writable: false,
-            }],
-        );
-        h.kick(0).unwrap();
-        let mut expected = vec![vec![]; 6];
-        expected[0] = vec![0xFF; 4];
-        assert_eq!(finish(&mut h, 6), expected);
-        assert_eq!((count(&h, "failed_requests"), count(&h, "host_flushes")), (6, 0));
-    }
-
-    #[test]
-    fn a_driver_that_repeats_a_chain_makes_nothing_grow() {
-        let file = file(ALIGNMENT);
-        let mut h = device(options(&file));
-        let chain = h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(4)]);
-        let (avail, used) = (h.queues[0].avail_ring(), h.queues[0].used_ring());
-        // Every slot of the ring holds the same chain, and all of them are made available again and again.
-        for slot in 0..u64::from(QUEUE_SIZE) {
-            h.write(avail + 4 + 2 * slot, &chain.head.to_le_bytes());
-        }
-        let mut idx = 1_u16;
-        for _ in 0..20 {
-            idx = idx.wrapping_add(QUEUE_SIZE - 1);
-            h.write(avail + 2, &idx.to_le_bytes());
-            h.kick(0).unwrap();
-            let active = h.device.active.as_ref().unwrap();
-            assert!(active.next.len().max(active.current.len()) <= usize::from(QUEUE_SIZE));
-            while u16::from_le_bytes(h.read(used + 2, 2).try_into().unwrap()) != idx {
-                assert!(h.poll_events(60_000).unwrap());
-            }
-        }
-        while h.poll_events(0).unwrap() {}
-    }
-
-    #[test]
-    fn a_private_mapping_needs_no_host() {
-        let file = file(2 * ALIGNMENT);
-        let shared = PmemOptions {
-            discard_writes: true,
-            ..options(&file)
-        };
-        let mut h = device(shared.clone());
-        let _second = PmemFile::open(shared).unwrap();
-        h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(4)]);
-        h.kick(0).unwrap();
-        assert_eq!(finish(&mut h, 1), [[0; 4]]);
-        assert_eq!(count(&h, "host_flushes"), 0);
-        let error = PmemFile::open(options(&file)).err().unwrap();
-        assert!(matches!(error, PmemError::File { .. }), "{error}");
-        let mut config = [0xEE; 18];
-        h.device.read_config(0, &mut config);
-        assert_eq!(config[..8], (1_u64 << 32).to_le_bytes());
-        assert_eq!(config[8..], [0, 0, 0x40, 0, 0, 0, 0, 0, 0, 0]);
-    }
-
-    #[test]
-    fn sizes_and_places_that_cannot_be_mapped_are_refused() {
-        for len in [0, 1, ALIGNMENT - 1, ALIGNMENT + 4096] {
-            let error = PmemFile::open(options(&file(len))).err().unwrap().to_string();
-            assert!(error.contains(&format!("{len} bytes")), "{error}");
-        }
-        for start in [4096, 0_u64.wrapping_sub(ALIGNMENT)] {
-            let file = file(ALIGNMENT);
-            let file = PmemFile::open(options(&file)).unwrap();
-            assert!(matches!(Pmem::new(file, start), Err(PmemError::Start { .. })));
-        }
     }
 }

@@ -117,6 +117,22 @@ pub(super) struct DiskFile {
 impl DiskFile {
     /// Opens, checks and locks the disk at `path`.
     pub(super) fn open(path: &Path, readonly: bool, direct: bool) -> Result<Self, BlkError> {
+        Self::of(path, open_file(path, readonly, 0)?, readonly, direct)
+    }
+
+    /// Makes a file of `len` zeros in `directory`, which nobody else can open and which is gone when it is closed.
+    pub(super) fn temporary(directory: &Path, len: u64) -> Result<Self, BlkError> {
+        let file = open_file(directory, false, libc::O_TMPFILE)?;
+        file.set_len(len).map_err(|source| BlkError::Host {
+            path: directory.to_owned(),
+            what: "giving a file in it its size",
+            source,
+        })?;
+        Self::of(directory, file, false, false)
+    }
+
+    /// Checks and locks the file that is open at `path`.
+    fn of(path: &Path, cached: File, readonly: bool, direct: bool) -> Result<Self, BlkError> {
         let host = |what| {
             move |source| BlkError::Host {
                 path: path.to_owned(),
@@ -124,7 +140,6 @@ impl DiskFile {
                 source,
             }
         };
-        let cached = open_file(path, readonly, 0)?;
         let metadata = cached.metadata().map_err(host("reading its metadata"))?;
         let block_device = check_kind(path, &metadata)?;
         clear_nonblock(&cached).map_err(host("clearing O_NONBLOCK"))?;

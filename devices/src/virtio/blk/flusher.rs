@@ -22,7 +22,19 @@ impl Flusher {
     /// # Errors
     /// When it cannot be opened, is no disk, or is locked by someone else.
     pub(in crate::virtio) fn open(path: &Path, readonly: bool, event: &EventFd) -> Result<Self, BlkError> {
-        let disk = Arc::new(DiskFile::open(path, readonly, false)?);
+        Self::of(path, DiskFile::open(path, readonly, false)?, event)
+    }
+
+    /// The same for a file of `len` zeros made in `directory`, which is gone with it.
+    ///
+    /// # Errors
+    /// When the directory's file system cannot have such a file.
+    pub(in crate::virtio) fn temporary(directory: &Path, len: u64, event: &EventFd) -> Result<Self, BlkError> {
+        Self::of(directory, DiskFile::temporary(directory, len)?, event)
+    }
+
+    fn of(path: &Path, disk: DiskFile, event: &EventFd) -> Result<Self, BlkError> {
+        let disk = Arc::new(disk);
         let engine = Engine::new(Arc::clone(&disk), 1, event, true).map_err(|source| BlkError::Host {
             path: path.to_owned(),
             what: "setting up its I/O",
