@@ -4,6 +4,7 @@
 
 mod devices;
 mod machine;
+mod memory;
 mod names;
 mod payload;
 mod vhost_user;
@@ -83,6 +84,9 @@ impl VmConfig {
         for (at, fs) in self.fs().iter().enumerate() {
             check_fs(fs, &format!("fs[{at}]"), &mut found);
         }
+        for (at, pmem) in self.pmem().iter().enumerate() {
+            memory::pmem(pmem, &format!("pmem[{at}]"), &mut found);
+        }
         console(
             "serial",
             self.serial.mode,
@@ -102,14 +106,8 @@ impl VmConfig {
         if let Some(vsock) = &self.vsock {
             check_vsock(vsock, "vsock", &mut found);
         }
-        if let Some(balloon) = &self.balloon
-            && balloon.size > self.memory.size
-        {
-            let reason = format!(
-                "{} bytes are more than the memory's {}; give at most that",
-                balloon.size, self.memory.size
-            );
-            found.add("balloon.size", reason);
+        if let Some(balloon) = &self.balloon {
+            memory::balloon(balloon, &self.memory, &mut found);
         }
         if let Some(p) = &self.platform {
             platform(p, self.payload.as_ref(), &mut found);

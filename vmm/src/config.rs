@@ -168,7 +168,6 @@ fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
     let some = |list: &Option<Vec<serde_json::Value>>| list.as_ref().is_some_and(|l| !l.is_empty());
     let platform = config.platform.clone().unwrap_or_default();
     let asked = [
-        ("pmem", !config.pmem().is_empty()),
         ("devices", !config.devices().is_empty()),
         ("user_devices", some(&config.user_devices)),
         ("vdpa", some(&config.vdpa)),

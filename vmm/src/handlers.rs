@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use podvisor_api::endpoints::{Endpoint, EndpointId, REFUSED, Takes};
-use podvisor_api::types::{DiskConfig, FsConfig, VmConfig, VmRemoveDevice, VmmPingResponse, VsockConfig};
+use podvisor_api::types::{DiskConfig, FsConfig, PmemConfig, VmConfig, VmRemoveDevice, VmmPingResponse, VsockConfig};
 use podvisor_api::{JsonError, from_json};
 
 use crate::pod::{Events, PodError, PodSlot};
@@ -148,11 +148,12 @@ fn dispatch(state: &mut State<'_>, endpoint: &Endpoint, body: &[u8]) -> Outcome 
         EndpointId::VmAddDisk => add_section::<DiskConfig>(state, body),
         EndpointId::VmAddFs => add_section::<FsConfig>(state, body),
         EndpointId::VmAddNet => add_net(state, body),
+        EndpointId::VmAddPmem => add_section::<PmemConfig>(state, body),
         EndpointId::VmAddVsock => add_section::<VsockConfig>(state, body),
         EndpointId::VmRemoveDevice => done(state.pod.remove(&parse::<VmRemoveDevice>(body)?.id)),
         EndpointId::VmSnapshot => snapshot::save(state, body),
         EndpointId::VmRestore => snapshot::restore(state, body),
-        EndpointId::VmResizeDisk | EndpointId::VmResizeZone | EndpointId::VmAddPmem => {
+        EndpointId::VmResizeDisk | EndpointId::VmResizeZone => {
             let version = env!("CARGO_PKG_VERSION");
             let reason = format!("{} is not supported yet by podvisor {version}", endpoint.name);
             Err(Refusal::new(501, reason))

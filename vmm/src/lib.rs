@@ -8,6 +8,7 @@ pub mod config;
 pub mod control;
 pub mod cpuid;
 pub mod demo;
+pub mod device_memory;
 pub mod handlers;
 pub mod hex;
 pub mod isolation;

@@ -28,13 +28,14 @@ use podvisor_firmware::plan::{LaunchPlan, Platform};
 
 pub use self::saved::MachineState;
 use crate::chipset::Chipset;
-use crate::config::{Boot, PodPlan};
+use crate::config::{Boot, Descriptors, PodPlan};
 use crate::cpuid::CpuidTemplate;
+use crate::device_memory::{DeviceMemory, Mapper};
 use crate::isolation::Confidential;
 use crate::kvm::{self, KvmHypervisor};
 use crate::launch_plain;
 use crate::memory::{GuestRam, ProcessorGate};
-use crate::registry::{self, Wanted};
+use crate::registry::{self, Means, Wanted};
 use crate::telling::Telling;
 use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
 
@@ -130,6 +131,7 @@ pub type Subscribers = Vec<(String, Box<dyn MutEventSubscriber>)>;
 struct Plug {
     memory: Arc<PodMemory>,
     hypervisor: Arc<KvmHypervisor>,
+    mapper: Mapper,
     confidential: bool,
 }
 
@@ -200,6 +202,12 @@ impl Machine {
             ram,
         };
         Ok((machine, subscribers))
+    }
+
+    /// What devices of this machine are made of, with `descriptors`.
+    #[must_use]
+    pub fn means<'m>(&'m self, descriptors: &'m Descriptors) -> Means<'m> {
+        self.plug.means(descriptors)
     }
 
     /// Plugs a device into the running pod and tells the guest. Where it is, and what the event loop is to run for it.
@@ -414,11 +422,17 @@ fn create_vm(
     confidential: Option<&Confidential>,
     image: &LaunchPlan<'_>,
 ) -> Result<Arc<VmFd>, BootError> {
-    let vm = match confidential {
-        Some(confidential) => host.create_vm_with_type(confidential.processor().vm_type()),
-        None => host.create_vm(),
-    }
-    .during("KVM_CREATE_VM")?;
+    let vm = loop {
+        let made = match confidential {
+            Some(confidential) => host.create_vm_with_type(confidential.processor().vm_type()),
+            None => host.create_vm(),
+        };
+        // A signal that is pending ends the call and is no failure.
+        match made {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => break made.during("KVM_CREATE_VM")?,
+        }
+    };
     if !vm.check_extension(Cap::ImmediateExit) {
         return Err(BootError::new(
             "this KVM lacks KVM_CAP_IMMEDIATE_EXIT: Linux 4.13 or newer is needed",
@@ -472,13 +486,14 @@ fn add_devices(
     let gate = confidential.map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
     let plug = Plug {
         memory: ram.pod_memory(gate).during("guest memory")?,
+        mapper: Mapper(DeviceMemory::new(Arc::clone(vm), acpi.file_area())),
         hypervisor,
         confidential: plan.isolation != Isolation::None,
     };
     let mut subscribers: Subscribers = Vec::new();
     subscribers.extend(chipset.subscribers().into_iter().map(|s| (String::new(), s)));
     let mut devices = Vec::new();
-    for mut wanted in registry::devices(&plan.config, &plan.descriptors).during("devices")? {
+    for mut wanted in registry::devices(&plan.config, &plug.means(&plan.descriptors)).during("devices")? {
         wanted.slot = plan.slots.get(&wanted.id).copied().or(wanted.slot);
         let (device, subscriber) = plug.put(&chipset, wanted)?;
         subscribers.push((device.id.clone(), subscriber));
@@ -488,6 +503,13 @@ fn add_devices(
 }
 
 impl Plug {
+    fn means<'m>(&'m self, descriptors: &'m Descriptors) -> Means<'m> {
+        Means {
+            descriptors,
+            mapper: &self.mapper,
+        }
+    }
+
     /// Puts a device into its segment.
     fn put(&self, chipset: &Chipset, wanted: Wanted) -> Result<(DeviceInfo, Box<dyn MutEventSubscriber>), BootError> {
         let what = format!("device {}", wanted.id);

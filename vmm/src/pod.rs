@@ -325,7 +325,7 @@ impl PodSlot {
         let info = match &mut pod.running {
             None => None,
             Some(running) => {
-                let wanted = addition.make(&plan.config)?;
+                let wanted = addition.make(&plan.config, &running.machine.means(&plan.descriptors))?;
                 let id = wanted.id.clone();
                 if running.machine.devices().iter().any(|device| device.id == id) {
                     return Err(PodError::Conflict(

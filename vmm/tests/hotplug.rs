@@ -10,46 +10,8 @@ mod common;
 
 use std::fs::File;
 
-use common::{IDLE, Process, kvm, pvh_kernel, wait_for};
+use common::{IDLE, Process, ejecting_guest, kvm, pvh_kernel, wait_for};
 use serde_json::{Value, json};
-
-/// A guest that waits for the PCI hotplug register to show a slot going down, and ejects what it shows.
-///
-/// 64-bit page tables are not needed: the register is above 4 GiB, so the guest turns on PAE paging with one 1 GiB-wide
-/// directory of 2 MiB pages for itself and one entry for the register's page.
-fn ejecting_guest() -> Vec<u8> {
-    // PAE: cr3 -> PDPT at 0x200000; PDPT[0] -> PD at 0x201000 (identity, 2 MiB pages), PDPT[1] -> PD at 0x202000, whose
-    // first entry maps 0x4000_0000 to the 2 MiB around 0x7FF_FFFE_F000 (0x7FF_FFE0_0000).
-    let mut code = Vec::new();
-    let mut store = |address: u32, value: u32| {
-        code.extend_from_slice(&[0xC7, 0x05]); // mov dword [address], value
-        code.extend_from_slice(&address.to_le_bytes());
-        code.extend_from_slice(&value.to_le_bytes());
-    };
-    store(0x20_0000, 0x20_1001);
-    store(0x20_0004, 0);
-    store(0x20_0008, 0x20_2001);
-    store(0x20_000C, 0);
-    store(0x20_1000, 0x83);
-    store(0x20_1004, 0);
-    store(0x20_1008, 0x20_0083);
-    store(0x20_100C, 0);
-    store(0x20_2000, 0xFFE0_0083);
-    store(0x20_2004, 0x7FF);
-    code.extend_from_slice(&[
-        0xB8, 0x00, 0x00, 0x20, 0x00, // mov eax, 0x200000
-        0x0F, 0x22, 0xD8, // mov cr3, eax
-        0x0F, 0x20, 0xE0, 0x83, 0xC8, 0x20, 0x0F, 0x22, 0xE0, // mov eax, cr4; or eax, PAE; mov cr4, eax
-        0x0F, 0x20, 0xC0, 0x0D, 0x00, 0x00, 0x00, 0x80, 0x0F, 0x22, 0xC0, // cr0 |= PG
-        // loop: the register's page is at 0x4000_0000 + (0xFFFE_F000 - 0xFFE0_0000) = 0x401E_F000
-        0xA1, 0x04, 0xF0, 0x1E, 0x40, // mov eax, [0x401EF004] (PCID)
-        0x85, 0xC0, // test eax, eax
-        0x74, 0xF7, // jz loop
-        0xA3, 0x08, 0xF0, 0x1E, 0x40, // mov [0x401EF008], eax (B0EJ)
-        0xEB, 0xF0, // jmp loop
-    ]);
-    code
-}
 
 fn boot(process: &Process, code: &[u8], more: &Value) {
     pvh_kernel(&process.path("kernel"), code);

@@ -155,6 +155,11 @@ fn life() {
 }
 
 #[test]
+fn hotplug() {
+    play("hotplug");
+}
+
+#[test]
 fn nulls() {
     play("nulls");
 }

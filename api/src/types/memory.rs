@@ -56,6 +56,12 @@ pub struct MemoryConfig {
 impl MemoryConfig {
     /// The size of a VM that is given none: 512 MiB, as Cloud Hypervisor has it.
     pub const DEFAULT_SIZE: u64 = 512 << 20;
+
+    /// Bytes at boot: `size`, or what the zones come to.
+    pub fn total(&self) -> u64 {
+        let zones = self.zones.iter().flatten();
+        zones.fold(self.size, |sum, zone| sum.saturating_add(zone.size))
+    }
 }
 
 impl Default for MemoryConfig {

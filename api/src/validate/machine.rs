@@ -1,7 +1,6 @@
 //! The rules of vCPUs and memory. What boots on them is not here.
 
-use std::collections::BTreeSet;
-
+use super::memory::{page_multiple, zone_rules};
 use super::{Findings, MAX_MEMORY_BYTES, MAX_VCPUS};
 use crate::types::{CpusConfig, MemoryConfig};
 
@@ -63,15 +62,6 @@ pub(super) fn cpus(cpus: &CpusConfig, found: &mut Findings) {
     }
 }
 
-fn page_multiple(field: String, size: u64, found: &mut Findings) {
-    if !size.is_multiple_of(4096) {
-        found.add(
-            field,
-            format!("{size} bytes are not whole pages; give a multiple of 4096"),
-        );
-    }
-}
-
 pub(super) fn memory(memory: &MemoryConfig, found: &mut Findings) {
     let zones = memory.zones.as_deref().unwrap_or_default();
     if memory.size == 0 && zones.is_empty() {
@@ -124,21 +114,5 @@ pub(super) fn memory(memory: &MemoryConfig, found: &mut Findings) {
             format!("{size} is no page size; give a power of two, for example 2097152"),
         );
     }
-    let mut names = BTreeSet::new();
-    for (at, zone) in zones.iter().enumerate() {
-        if zone.size == 0 {
-            found.add(
-                format!("memory.zones[{at}].size"),
-                "0 bytes make no zone; give a size or leave the zone out",
-            );
-        }
-        page_multiple(format!("memory.zones[{at}].size"), zone.size, found);
-        if zone.id.is_empty() || !names.insert(zone.id.as_str()) {
-            let reason = format!(
-                "`{}` is empty or given twice; give each zone a name of its own",
-                zone.id
-            );
-            found.add(format!("memory.zones[{at}].id"), reason);
-        }
-    }
+    zone_rules(zones, found);
 }

@@ -116,6 +116,26 @@ fn every_rule_refuses_its_breach_by_field() {
         (json!({"vsock": {"cid": 2, "socket": "/v"}}), "vsock.cid"),
         (json!({"vsock": {"cid": 3, "socket": long}}), "vsock.socket"),
         (json!({"vsock": {"cid": 3, "socket": ""}}), "vsock.socket"),
+        (json!({"pmem": [{"file": ""}]}), "pmem[0].file"),
+        (json!({"pmem": [{"file": "/p", "size": 4096}]}), "pmem[0].size"),
+        (
+            json!({"pmem": [{"file": "/p"}, {"file": "/q", "iommu": true}]}),
+            "pmem[1].iommu",
+        ),
+        (json!({"balloon": {"size": 4097}}), "balloon.size"),
+        (json!({"balloon": {"size": 536870912}}), "balloon.size"),
+        (
+            json!({"memory": {"size": 0, "zones": [{"id": "a", "size": 5000}]}}),
+            "memory.zones[0].size",
+        ),
+        (
+            json!({"memory": {"size": 4096, "zones": [{"id": "a", "size": 4096}]}}),
+            "memory.size",
+        ),
+        (
+            json!({"memory": {"size": 0, "zones": [{"id": "a", "size": 4096, "hotplugged_size": 4096}]}}),
+            "memory.zones[0].hotplugged_size",
+        ),
         (json!({"serial": {"mode": "File"}}), "serial.file"),
         (json!({"console": {"mode": "Socket"}}), "console.socket"),
         (json!({"debug_console": {"mode": "File"}}), "debug_console.file"),

@@ -53,6 +53,17 @@ impl AcpiMachine {
             },
         ]
     }
+
+    /// What is left of the device area above the segments' windows: files of the host lie there.
+    #[must_use]
+    pub fn file_area(&self) -> GpaRange {
+        let area = self.device_area();
+        let start = area.mmio_start + u64::from(self.segments) * layout::MEM_64BIT_SEGMENT_SIZE;
+        GpaRange {
+            start,
+            len: area.mmio_end.saturating_sub(start),
+        }
+    }
 }
 
 /// A machine that cannot be described.

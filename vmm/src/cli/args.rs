@@ -164,6 +164,9 @@ pub(crate) struct RunArgs {
     /// Network device (refused by name in this version; the API has vm.add-net).
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) net: Vec<String>,
+    /// Persistent memory: file=FILE[,size=SIZE][,discard_writes=on][,id=NAME], or file=DIR,size=SIZE
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
+    pub(crate) pmem: Vec<String>,
     /// Entropy source: src=FILE
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub(crate) rng: Option<String>,
@@ -290,6 +293,12 @@ impl RunArgs {
             .map(|text| section("--fs", text))
             .collect::<Result<Vec<_>, _>>()?;
         config.fs = (!fs.is_empty()).then_some(fs);
+        let pmem = self
+            .pmem
+            .iter()
+            .map(|text| section("--pmem", text))
+            .collect::<Result<Vec<_>, _>>()?;
+        config.pmem = (!pmem.is_empty()).then_some(pmem);
         if let Some(text) = &self.vsock {
             config.vsock = Some(section("--vsock", text)?);
         }

@@ -8,8 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use podvisor_api::types::{ConsoleMode, VmConfig};
 use podvisor_devices::virtio::console::{Console, ConsoleOutput};
 
-use super::{Kind, RegistryError, Wanted, failed};
-use crate::config::Descriptors;
+use super::{Kind, Means, RegistryError, Wanted, failed};
 
 /// The kind. Its name is fixed: nobody adds or removes it.
 pub(super) const KIND: Kind = Kind {
@@ -19,7 +18,7 @@ pub(super) const KIND: Kind = Kind {
     take_out: |_, _| {},
 };
 
-fn console(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+fn console(config: &VmConfig, _: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     let console = &config.console;
     let fail = |e: io::Error| failed(format!("console.mode {:?}", console.mode), e);
     let (output, input) = match console.mode {

@@ -5,8 +5,7 @@ use podvisor_devices::virtio::blk::{Blk, BlkOptions};
 use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserBlkOptions};
 
-use super::{Addition, Kind, RegistryError, Wanted, failed, last};
-use crate::config::Descriptors;
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -27,12 +26,12 @@ impl Addition for DiskConfig {
         Ok(())
     }
 
-    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+    fn make(&self, config: &VmConfig, _: &Means<'_>) -> Result<Wanted, RegistryError> {
         make_disk("disk", last(config.disks())?)
     }
 }
 
-fn disks(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+fn disks(config: &VmConfig, _: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     let make = |(index, disk)| make_disk(&format!("disks[{index}]"), disk);
     config.disks().iter().enumerate().map(make).collect()
 }

@@ -5,8 +5,7 @@ use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::fs::{Fs, FsOptions};
 use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserFsOptions};
 
-use super::{Addition, Kind, RegistryError, Wanted, failed, last};
-use crate::config::Descriptors;
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -27,12 +26,12 @@ impl Addition for FsConfig {
         Ok(())
     }
 
-    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+    fn make(&self, config: &VmConfig, _: &Means<'_>) -> Result<Wanted, RegistryError> {
         make_fs("fs", last(config.fs())?)
     }
 }
 
-fn fs(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+fn fs(config: &VmConfig, _: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     let make = |(index, fs)| make_fs(&format!("fs[{index}]"), fs);
     config.fs().iter().enumerate().map(make).collect()
 }

@@ -5,6 +5,7 @@ mod console;
 mod disk;
 mod fs;
 mod net;
+mod pmem;
 mod rng;
 mod vsock;
 
@@ -13,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use podvisor_api::types::VmConfig;
+use podvisor_devices::platform::FileMapper;
 use podvisor_devices::virtio::device::VirtioDevice;
 
 pub(crate) use self::console::{open_output, stdin, stdout, unsupported_mode};
@@ -50,13 +52,22 @@ fn failed(field: impl Into<String>, source: impl Into<Box<dyn Error + Send + Syn
     }
 }
 
+/// What devices are made of, beside their configuration.
+#[derive(Clone, Copy)]
+pub struct Means<'m> {
+    /// Descriptors that came with requests.
+    pub descriptors: &'m Descriptors,
+    /// Places files in the pod's address space.
+    pub mapper: &'m dyn FileMapper,
+}
+
 /// A kind of device, as its section of the configuration has it.
 #[derive(Clone, Copy)]
 pub struct Kind {
     /// Its name; devices without one are named after it (`_disk0`).
     pub name: &'static str,
     /// Makes all devices of the section.
-    pub make: fn(&VmConfig, &Descriptors) -> Result<Vec<Wanted>, RegistryError>,
+    pub make: fn(&VmConfig, &Means<'_>) -> Result<Vec<Wanted>, RegistryError>,
     /// The names of the section's devices, where they can be given or assigned.
     pub ids: fn(&mut VmConfig) -> Vec<&mut Option<String>>,
     /// Takes the device of that name out of the section, if it is there.
@@ -64,16 +75,24 @@ pub struct Kind {
 }
 
 /// All kinds, in the order of their PCI slots. A new device is a line here.
-const KINDS: &[Kind] = &[console::KIND, disk::KIND, net::KIND, rng::KIND, fs::KIND, vsock::KIND];
+const KINDS: &[Kind] = &[
+    console::KIND,
+    disk::KIND,
+    net::KIND,
+    rng::KIND,
+    fs::KIND,
+    pmem::KIND,
+    vsock::KIND,
+];
 
 /// Makes every device that `config` asks for. Identifiers must have been assigned ([`assign_ids`]).
 ///
 /// # Errors
 /// The first device that cannot be made; those made before are dropped.
-pub fn devices(config: &VmConfig, descriptors: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+pub fn devices(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     let mut all = Vec::new();
     for kind in KINDS {
-        all.extend((kind.make)(config, descriptors)?);
+        all.extend((kind.make)(config, means)?);
     }
     Ok(all)
 }
@@ -90,7 +109,7 @@ pub trait Addition {
     ///
     /// # Errors
     /// When it cannot be made.
-    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError>;
+    fn make(&self, config: &VmConfig, means: &Means<'_>) -> Result<Wanted, RegistryError>;
 
     /// The descriptors that came with it, and whose they are in `config`, which it was put into last.
     fn descriptors(&self, _config: &VmConfig) -> Option<(String, Arc<Vec<OwnedFd>>)> {

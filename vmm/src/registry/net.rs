@@ -9,8 +9,7 @@ use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::net::{HostInterface, Net, NetOptions};
 use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserNetOptions};
 
-use super::{Addition, Kind, RegistryError, Wanted, failed, last};
-use crate::config::Descriptors;
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -40,7 +39,7 @@ impl Addition for AddedNet {
         Ok(())
     }
 
-    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+    fn make(&self, config: &VmConfig, _: &Means<'_>) -> Result<Wanted, RegistryError> {
         make_net("net", last(config.net())?, Some(&self.fds))
     }
 
@@ -57,9 +56,9 @@ impl Addition for AddedNet {
     }
 }
 
-fn nets(config: &VmConfig, descriptors: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+fn nets(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     let make = |(index, net): (usize, &NetConfig)| {
-        let fds = net.id.as_ref().and_then(|id| descriptors.get(id));
+        let fds = net.id.as_ref().and_then(|id| means.descriptors.get(id));
         make_net(&format!("net[{index}]"), net, fds)
     };
     config.net().iter().enumerate().map(make).collect()

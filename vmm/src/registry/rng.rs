@@ -3,8 +3,7 @@
 use podvisor_api::types::VmConfig;
 use podvisor_devices::virtio::rng::Rng;
 
-use super::{Kind, RegistryError, Wanted, failed};
-use crate::config::Descriptors;
+use super::{Kind, Means, RegistryError, Wanted, failed};
 
 /// The kind. Its name is fixed: nobody adds or removes it.
 pub(super) const KIND: Kind = Kind {
@@ -14,7 +13,7 @@ pub(super) const KIND: Kind = Kind {
     take_out: |_, _| {},
 };
 
-fn rng(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+fn rng(config: &VmConfig, _: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     let rng = &config.rng;
     let device = Rng::open(&rng.src).map_err(|e| failed(format!("rng.src {}", rng.src.display()), e))?;
     Ok(vec![Wanted {

@@ -3,8 +3,7 @@
 use podvisor_api::types::{VmConfig, VsockConfig};
 use podvisor_devices::virtio::vsock::{Vsock, VsockOptions};
 
-use super::{Addition, Kind, RegistryError, Wanted, failed, last};
-use crate::config::Descriptors;
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -23,12 +22,12 @@ impl Addition for VsockConfig {
         Ok(())
     }
 
-    fn make(&self, config: &VmConfig) -> Result<Wanted, RegistryError> {
+    fn make(&self, config: &VmConfig, _: &Means<'_>) -> Result<Wanted, RegistryError> {
         make_vsock(last(config.vsock.as_slice())?)
     }
 }
 
-fn vsock(config: &VmConfig, _: &Descriptors) -> Result<Vec<Wanted>, RegistryError> {
+fn vsock(config: &VmConfig, _: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     config.vsock.iter().map(make_vsock).collect()
 }
 

@@ -199,3 +199,46 @@ pub(crate) const HELLO: &[u8] = &[
 ];
 /// Halts for ever.
 pub(crate) const IDLE: &[u8] = &[0xF4, 0xEB, 0xFD];
+
+/// The beginning of a guest that needs what is above 4 GiB: long mode's page tables (and 32-bit code, in compatibility
+/// mode) with the first 4 MiB on themselves, and 2 MiB from `address`, a multiple of 2 MiB, at 0x4000_0000.
+pub(crate) fn with_window(address: u64) -> Vec<u8> {
+    // PML4 at 0x203000, PDPT at 0x200000; PDs at 0x201000 (identity, 2 MiB pages) and 0x202000.
+    let mut code = Vec::new();
+    let half = |entry: u64, shift: u32| u32::try_from(entry >> shift & 0xFFFF_FFFF).unwrap();
+    for (place, entry) in [
+        (0x20_3000u32, 0x20_0003u64),
+        (0x20_0000, 0x20_1003),
+        (0x20_0008, 0x20_2003),
+        (0x20_1000, 0x83),
+        (0x20_1008, 0x20_0083),
+        (0x20_2000, address | 0x83),
+    ] {
+        for shift in [0, 32] {
+            code.extend_from_slice(&[0xC7, 0x05]); // mov dword [place], half
+            code.extend_from_slice(&(place + shift / 8).to_le_bytes());
+            code.extend_from_slice(&half(entry, shift).to_le_bytes());
+        }
+    }
+    code.extend_from_slice(&[
+        0xB8, 0x00, 0x30, 0x20, 0x00, 0x0F, 0x22, 0xD8, // mov eax, 0x203000; mov cr3, eax
+        0x0F, 0x20, 0xE0, 0x83, 0xC8, 0x20, 0x0F, 0x22, 0xE0, // mov eax, cr4; or eax, PAE; mov cr4, eax
+        0xB9, 0x80, 0x00, 0x00, 0xC0, 0x0F, 0x32, 0x0D, 0x00, 0x01, 0x00, 0x00, 0x0F, 0x30, // EFER |= LME
+        0x0F, 0x20, 0xC0, 0x0D, 0x00, 0x00, 0x00, 0x80, 0x0F, 0x22, 0xC0, // cr0 |= PG
+    ]);
+    code
+}
+
+/// A guest that waits for the PCI hotplug register to show a slot going down, and ejects what it shows.
+pub(crate) fn ejecting_guest() -> Vec<u8> {
+    let mut code = with_window(0x7FF_FFE0_0000);
+    code.extend_from_slice(&[
+        // loop: the register's page is at 0x4000_0000 + (0xFFFE_F000 - 0xFFE0_0000) = 0x401E_F000
+        0xA1, 0x04, 0xF0, 0x1E, 0x40, // mov eax, [0x401EF004] (PCID)
+        0x85, 0xC0, // test eax, eax
+        0x74, 0xF7, // jz loop
+        0xA3, 0x08, 0xF0, 0x1E, 0x40, // mov [0x401EF008], eax (B0EJ)
+        0xEB, 0xF0, // jmp loop
+    ]);
+    code
+}
