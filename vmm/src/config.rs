@@ -156,6 +156,25 @@ impl PodPlan {
     }
 }
 
+/// Bytes of an image from which on its launch is expected to take long: 16 MiB are measured in about 10 ms.
+const LARGE_IMAGE: u64 = 16 << 20;
+
+impl PodPlan {
+    /// Whether booting may take long: pages are touched one by one, a large image is copied or measured, or another
+    /// process is asked for a device.
+    #[must_use]
+    pub fn boot_may_take_long(&self) -> bool {
+        let config = &self.config;
+        let large = |path: &PathBuf| std::fs::metadata(path).is_ok_and(|file| file.len() >= LARGE_IMAGE);
+        let boot = self.boot.as_ref();
+        self.ram.prefault
+            || config.fs().iter().any(|fs| fs.socket.is_some())
+            || config.disks().iter().any(|disk| disk.vhost_user)
+            || config.net().iter().any(|net| net.vhost_user)
+            || boot.is_some_and(|boot| large(&boot.image) || boot.initramfs.as_ref().is_some_and(large))
+    }
+}
+
 /// Fills in memory and vCPUs from the pod's limits.
 fn size(config: &mut VmConfig, pod: &PodConfig) -> Result<(), PlanError> {
     let sizing = sizing::size(pod)?;

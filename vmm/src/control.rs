@@ -130,7 +130,25 @@ impl Monitor {
     /// When either is refused.
     pub fn boot(&mut self, config: VmConfig) -> Result<(), ControlError> {
         self.pod.create(config)?;
-        self.pod.boot(&mut self.events)?;
+        let long = self.pod.boot_may_take_long();
+        self.meanwhile(long, PodSlot::boot)
+    }
+
+    /// Does `step`; if it may take `long`, the API answers vmm.ping meanwhile.
+    fn meanwhile(
+        &mut self,
+        long: bool,
+        step: impl FnOnce(&mut PodSlot, &mut Events) -> Result<(), PodError>,
+    ) -> Result<(), ControlError> {
+        let (pod, events) = (&mut self.pod, &mut self.events);
+        match &mut self.api {
+            Some((socket, _)) if long => {
+                socket.meanwhile(|| step(pod, events))?;
+                // What came meanwhile waits in the socket's queue, of which no descriptor tells.
+                socket.serve(pod, events, &mut self.shutdown);
+            }
+            _ => step(pod, events)?,
+        }
         Ok(())
     }
 
@@ -195,8 +213,8 @@ impl Monitor {
             }
             PodExit::Reset => {
                 tracing::info!("the pod resets");
-                self.pod.reboot(&mut self.events)?;
-                Ok(())
+                let long = self.pod.boot_may_take_long() || self.pod.stop_may_take_long();
+                self.meanwhile(long, PodSlot::reboot)
             }
             PodExit::Terminated { set, code } => Err(ControlError::Stopped(format!(
                 "the confidential guest asked to be terminated, reason set {set} code {code}"

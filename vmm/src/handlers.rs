@@ -84,6 +84,52 @@ impl Refusal {
 
 type Outcome = Result<Reply, Refusal>;
 
+/// Whether `call` is vmm.ping, which needs no [`State`]: [`pong`] answers it.
+#[must_use]
+pub fn is_ping(call: &Call<'_>) -> bool {
+    let ping = EndpointId::VmmPing.endpoint();
+    call.method == ping.method.as_str() && Endpoint::at(call.path).is_some_and(|e| e.id == ping.id)
+}
+
+/// The answer to vmm.ping.
+#[must_use]
+pub fn pong() -> Reply {
+    ping().unwrap_or(Reply {
+        status: 500,
+        body: None,
+    })
+}
+
+/// The part of a device's section that says whether another process must be asked for it.
+#[derive(Default, serde::Deserialize)]
+struct Peer {
+    #[serde(default)]
+    vhost_user: Option<bool>,
+    #[serde(default)]
+    socket: Option<serde::de::IgnoredAny>,
+}
+
+/// Whether answering `call` may take so long that vmm.ping should not wait for it: memory is touched or given back page
+/// by page, an image is measured, or another process is asked. Most requests never are; they are spared the helper.
+#[must_use]
+pub fn may_take_long(pod: &PodSlot, call: &Call<'_>) -> bool {
+    let Some(endpoint) = Endpoint::at(call.path) else {
+        return false;
+    };
+    match endpoint.id {
+        EndpointId::VmBoot => pod.boot_may_take_long(),
+        EndpointId::VmReboot => pod.boot_may_take_long() || pod.stop_may_take_long(),
+        EndpointId::VmShutdown | EndpointId::VmDelete => pod.stop_may_take_long(),
+        EndpointId::VmResize => pod.resize_may_take_long(),
+        EndpointId::VmSnapshot => true,
+        EndpointId::VmAddDisk | EndpointId::VmAddNet | EndpointId::VmAddFs => {
+            let peer: Peer = serde_json::from_slice(call.body).unwrap_or_default();
+            peer.vhost_user == Some(true) || (endpoint.id == EndpointId::VmAddFs && peer.socket.is_some())
+        }
+        _ => false,
+    }
+}
+
 /// Answers `call`.
 pub fn answer(state: &mut State<'_>, call: &Call<'_>) -> Reply {
     match route(state, call) {

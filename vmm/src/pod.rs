@@ -68,6 +68,9 @@ pub enum PodError {
     Device(&'static str, #[source] std::io::Error),
 }
 
+/// Bytes of memory from which on its taking back is expected to take long (a few milliseconds a GiB in use).
+const MUCH_MEMORY: u64 = 2 << 30;
+
 struct Running {
     machine: Machine,
     /// By the name of the device they serve, empty for the chipset's.
@@ -157,6 +160,25 @@ impl PodSlot {
         self.booted_at = Some(self.start.elapsed());
         self.telling.vm(What::Booted);
         Ok(())
+    }
+
+    /// Whether booting it may take long: pages are touched one by one, an image is measured or copied, or another process
+    /// is asked for a device.
+    #[must_use]
+    pub fn boot_may_take_long(&self) -> bool {
+        self.pod.as_ref().is_some_and(|pod| pod.plan.boot_may_take_long())
+    }
+
+    /// Whether stopping it may take long: the host takes its memory back page by page.
+    #[must_use]
+    pub fn stop_may_take_long(&self) -> bool {
+        self.pod.as_ref().is_some_and(|pod| pod.plan.memory >= MUCH_MEMORY)
+    }
+
+    /// Whether resizing it may take long: new pages are touched one by one.
+    #[must_use]
+    pub fn resize_may_take_long(&self) -> bool {
+        self.pod.as_ref().is_some_and(|pod| pod.plan.ram.prefault)
     }
 
     /// Stops it; it stays created.

@@ -4,7 +4,11 @@
 
 mod common;
 
-use common::{Process, kvm, pvh_kernel, wait_for};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use common::{HELLO, IDLE, Process, kvm, pvh_kernel, wait_for};
+use podvisor_api::http::Client;
 use serde_json::{Value, json};
 
 /// Says R on COM1 and halts; an NMI has it say N and power off.
@@ -43,15 +47,7 @@ fn waits_for_nmi() -> Vec<u8> {
 
 fn nmi_pod() -> Process {
     let process = Process::start();
-    pvh_kernel(&process.path("kernel"), &waits_for_nmi());
-    let config: Value = json!({
-        "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
-        "memory": {"size": 128 << 20},
-        "payload": {"kernel": process.path("kernel")},
-        "serial": {"mode": "File", "file": process.path("serial")},
-        "console": {"mode": "Off"},
-    });
-    process.put("vm.create", Some(&config));
+    process.put("vm.create", Some(&pod_config(&process, &waits_for_nmi())));
     process.put("vm.boot", None);
     wait_for("the guest", || (serial(&process) == "R").then_some(()));
     process
@@ -85,4 +81,147 @@ fn an_nmi_waits_for_a_paused_guest() {
     process.put("vm.resume", None);
     assert_eq!(process.wait().code(), Some(0), "{}", process.log());
     assert_eq!(serial(&process), "RN");
+}
+
+fn pod_config(process: &Process, code: &[u8]) -> Value {
+    pvh_kernel(&process.path("kernel"), code);
+    json!({
+        "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
+        "memory": {"size": 128 << 20, "shared": true},
+        "payload": {"kernel": process.path("kernel")},
+        "serial": {"mode": "File", "file": process.path("serial")},
+        "console": {"mode": "Off"},
+    })
+}
+
+/// A connection on which `request` was sent.
+fn send(process: &Process, request: &str, body: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(&process.socket).unwrap();
+    let length = match body.len() {
+        0 => String::new(),
+        length => format!("Content-Length: {length}\r\n"),
+    };
+    let head = format!("PUT /api/v1/{request} HTTP/1.1\r\nHost: localhost\r\n{length}\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body.as_bytes()).unwrap();
+    stream
+}
+
+/// The status line's number, once it comes.
+fn status(stream: &mut UnixStream) -> String {
+    let mut line = [0; 12];
+    stream.set_nonblocking(false).unwrap();
+    stream.read_exact(&mut line).unwrap();
+    String::from_utf8_lossy(&line[9..]).into_owned()
+}
+
+fn assert_unanswered(stream: &UnixStream) {
+    stream.set_nonblocking(true).unwrap();
+    let kind = (&*stream).read(&mut [0]).unwrap_err().kind();
+    assert_eq!(kind, ErrorKind::WouldBlock);
+}
+
+/// Four clients ping, each more than once, while nothing else is answered.
+fn four_clients_ping(process: &Process) {
+    let mut clients: Vec<Client> = (0..4).map(|_| Client::connect(&process.socket).unwrap()).collect();
+    for _ in 0..3 {
+        for client in &mut clients {
+            assert_eq!(client.request("GET", "vmm.ping", None).unwrap().status, 200);
+        }
+    }
+}
+
+#[test]
+fn ping_is_answered_while_a_boot_waits_for_another_process() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let daemon = UnixListener::bind(process.path("fs")).unwrap();
+    let mut config = pod_config(&process, IDLE);
+    config["fs"] = json!([{"tag": "t", "socket": process.path("fs")}]);
+    process.put("vm.create", Some(&config));
+    let mut boot = send(&process, "vm.boot", "");
+    // The monitor has connected and waits for an answer: the boot is under way until this end is dropped.
+    let (peer, _) = daemon.accept().unwrap();
+    four_clients_ping(&process);
+    let mut delete = send(&process, "vm.delete", "");
+    four_clients_ping(&process);
+    assert_unanswered(&boot);
+    assert_unanswered(&delete);
+    drop(peer);
+    assert_eq!(status(&mut boot), "500");
+    assert_eq!(status(&mut delete), "204");
+    assert_eq!(process.request("GET", "vm.info", None).0, 404);
+}
+
+#[test]
+fn ping_is_answered_while_a_device_is_added() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let daemon = UnixListener::bind(process.path("fs")).unwrap();
+    process.put("vm.create", Some(&pod_config(&process, IDLE)));
+    process.put("vm.boot", None);
+    let before = process.info();
+    let fs = json!({"tag": "t", "socket": process.path("fs")}).to_string();
+    let mut add = send(&process, "vm.add-fs", &fs);
+    let (peer, _) = daemon.accept().unwrap();
+    four_clients_ping(&process);
+    assert_unanswered(&add);
+    drop(peer);
+    let refused = status(&mut add);
+    assert!(refused.starts_with('4') || refused.starts_with('5'), "{refused}");
+    let after = process.info();
+    assert_eq!(
+        (&after["config"], &after["state"]),
+        (&before["config"], &before["state"])
+    );
+}
+
+#[test]
+fn a_step_whose_client_has_gone_is_finished_or_undone() {
+    if !kvm() {
+        return;
+    }
+    let mut process = Process::start();
+    let daemon = UnixListener::bind(process.path("fs")).unwrap();
+    let mut config = pod_config(&process, HELLO);
+    config["fs"] = json!([{"tag": "t", "socket": process.path("fs")}]);
+    process.put("vm.create", Some(&config));
+    // Undone: it cannot be finished, and the client that asked has gone.
+    let boot = send(&process, "vm.boot", "");
+    let (peer, _) = daemon.accept().unwrap();
+    drop(boot);
+    four_clients_ping(&process);
+    drop(peer);
+    assert_eq!(process.info()["state"], "Created");
+    process.put("vm.delete", None);
+    // Finished: the pod runs, says so and ends, and with it the monitor.
+    config["fs"] = json!([]);
+    process.put("vm.create", Some(&config));
+    drop(send(&process, "vm.boot", ""));
+    assert_eq!(process.wait().code(), Some(0), "{}", process.log());
+    assert_eq!(serial(&process), "OK");
+}
+
+#[test]
+fn a_pod_with_prefaulted_memory_boots_while_clients_ping() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let mut config = pod_config(&process, IDLE);
+    config["memory"]["prefault"] = json!(true);
+    process.put("vm.create", Some(&config));
+    let mut boot = send(&process, "vm.boot", "");
+    four_clients_ping(&process);
+    assert_eq!(status(&mut boot), "204");
+    assert_eq!(process.info()["state"], "Running");
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
+    let names: Vec<_> = tasks
+        .map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap())
+        .collect();
+    assert!(!names.contains(&"api\n".to_owned()), "the helper is left: {names:?}");
 }

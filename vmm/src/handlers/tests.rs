@@ -281,3 +281,49 @@ fn the_documented_tables_are_the_codes() {
         "docs/api.md has other tables than the code, which has:\n{expected}"
     );
 }
+
+#[test]
+fn only_steps_that_may_take_long_have_a_helper_beside_them() {
+    let mut api = Api::new();
+    let long = |api: &Api, name: &str, body: &str| {
+        may_take_long(
+            &api.pod,
+            &Call {
+                method: "PUT",
+                path: &format!("/api/v1/{name}"),
+                body: body.as_bytes(),
+            },
+        )
+    };
+    assert_eq!(api.put("vm.create", KERNEL).0, 204);
+    for name in [
+        "vm.boot",
+        "vm.reboot",
+        "vm.delete",
+        "vm.shutdown",
+        "vm.pause",
+        "vm.info",
+    ] {
+        assert!(!long(&api, name, ""), "{name}");
+    }
+    for (name, body, expected) in [
+        (
+            "vm.add-disk",
+            r#"{"path":"/x","vhost_user":false,"vhost_socket":null}"#,
+            false,
+        ),
+        ("vm.add-disk", r#"{"vhost_user":true,"vhost_socket":"/x"}"#, true),
+        ("vm.add-net", r#"{"vhost_user": true,"vhost_socket":"/x"}"#, true),
+        ("vm.add-fs", r#"{"tag":"x","shared_dir":"/x","socket":null}"#, false),
+        ("vm.add-fs", r#"{"tag":"x","socket":"/x"}"#, true),
+        ("vm.add-fs", "{", false),
+    ] {
+        assert_eq!(long(&api, name, body), expected, "{name} {body}");
+    }
+    api.put("vm.delete", "");
+    let large = r#"{"payload":{"kernel":"/k"},"memory":{"size":8589934592,"prefault":true}}"#;
+    assert_eq!(api.put("vm.create", large).0, 204);
+    for name in ["vm.boot", "vm.reboot", "vm.delete", "vm.shutdown", "vm.resize"] {
+        assert!(long(&api, name, ""), "{name}");
+    }
+}
