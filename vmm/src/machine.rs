@@ -124,8 +124,8 @@ pub struct Machine {
     ram: GuestRam,
 }
 
-/// What the event loop runs for a machine: for whom (a device's name, empty for the chipset), and what.
-pub type Subscribers = Vec<(String, Box<dyn MutEventSubscriber>)>;
+/// What the event loop runs for a machine: for the device at which place (none: the chipset), and what.
+pub type Subscribers = Vec<(Option<Bdf>, Box<dyn MutEventSubscriber>)>;
 
 /// What a device needs of the machine it is plugged into.
 struct Plug {
@@ -225,12 +225,17 @@ impl Machine {
         Ok((bdf, subscriber))
     }
 
-    /// Asks the guest to let go of device `id`; false if there is none. It goes when the guest ejects it.
+    /// Asks the guest to let go of device `id`; false if there is none. It goes when the guest ejects it. A device that was
+    /// asked for before is asked for again, for the guest may have missed it.
     ///
     /// # Errors
     /// When the interrupt cannot be raised.
     pub fn unplug(&mut self, id: &str) -> io::Result<bool> {
-        let Some(device) = self.devices.iter_mut().find(|d| d.id == id) else {
+        let named = |removing| self.devices.iter().position(|d| d.id == id && d.removing == removing);
+        let Some(device) = named(false)
+            .or_else(|| named(true))
+            .and_then(|at| self.devices.get_mut(at))
+        else {
             return Ok(false);
         };
         self.chipset.unplug(device.bdf)?;
@@ -491,12 +496,12 @@ fn add_devices(
         confidential: plan.isolation != Isolation::None,
     };
     let mut subscribers: Subscribers = Vec::new();
-    subscribers.extend(chipset.subscribers().into_iter().map(|s| (String::new(), s)));
+    subscribers.extend(chipset.subscribers().into_iter().map(|s| (None, s)));
     let mut devices = Vec::new();
     for mut wanted in registry::devices(&plan.config, &plug.means(&plan.descriptors)).during("devices")? {
         wanted.slot = plan.slots.get(&wanted.id).copied().or(wanted.slot);
         let (device, subscriber) = plug.put(&chipset, wanted)?;
-        subscribers.push((device.id.clone(), subscriber));
+        subscribers.push((Some(device.bdf), subscriber));
         devices.push(device);
     }
     Ok((chipset, plug, devices, subscribers))

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use podvisor_api::events::{Source, What};
 use podvisor_api::types::{Isolation, PciDeviceInfo, RestoreConfig, VmConfig, VmInfo, VmResize, VmState};
+use podvisor_devices::pci::Bdf;
 use serde_json::{Map, Value, json};
 
 use crate::config::{PlanError, PodPlan};
@@ -73,8 +74,9 @@ const MUCH_MEMORY: u64 = 2 << 30;
 
 struct Running {
     machine: Machine,
-    /// By the name of the device they serve, empty for the chipset's.
-    subscribers: Vec<(String, SubscriberId)>,
+    /// By the place of the device they serve, none for the chipset's: a name may be used again, a place not while it is
+    /// taken.
+    subscribers: Vec<(Option<Bdf>, SubscriberId)>,
 }
 
 struct Pod {
@@ -151,7 +153,7 @@ impl PodSlot {
         let (machine, subscribers) = Machine::boot(&pod.plan, &self.exit, &self.telling)?;
         let subscribers = subscribers
             .into_iter()
-            .map(|(id, s)| (id, events.add_subscriber(s)))
+            .map(|(place, s)| (place, events.add_subscriber(s)))
             .collect();
         let timings = machine.timings();
         tracing::info!(milliseconds = millis(timings.total), "pod booted");
@@ -293,7 +295,7 @@ impl PodSlot {
             .map_err(PodError::Unsaved)?;
         let subscribers = subscribers
             .into_iter()
-            .map(|(id, s)| (id, events.add_subscriber(s)))
+            .map(|(place, s)| (place, events.add_subscriber(s)))
             .collect();
         let now = Some(self.start.elapsed());
         (self.created_at, self.booted_at) = (now, now);
@@ -355,9 +357,7 @@ impl PodSlot {
                     ));
                 }
                 let (bdf, subscriber) = running.machine.add(wanted)?;
-                running
-                    .subscribers
-                    .push((id.clone(), events.add_subscriber(subscriber)));
+                running.subscribers.push((Some(bdf), events.add_subscriber(subscriber)));
                 tracing::info!(id, %bdf, "device added");
                 Some(PciDeviceInfo {
                     id,
@@ -377,6 +377,10 @@ impl PodSlot {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
         let mut config = pod.plan.config.clone();
         let configured = registry::take_out(&mut config, id);
+        // Made before the guest is told: what cannot be planned without the device is refused while nothing has changed.
+        let plan = configured
+            .then(|| PodPlan::new(config, self.expect_digest))
+            .transpose()?;
         let plugged = match &mut pod.running {
             Some(running) => running
                 .machine
@@ -387,8 +391,7 @@ impl PodSlot {
         if !configured && !plugged {
             return Err(PodError::NoDevice(id.to_owned()));
         }
-        if configured {
-            let mut plan = PodPlan::new(config, self.expect_digest)?;
+        if let Some(mut plan) = plan {
             plan.descriptors = std::mem::take(&mut pod.plan.descriptors);
             plan.descriptors.remove(id);
             pod.plan = plan;
@@ -406,7 +409,7 @@ impl PodSlot {
                 tracing::debug!(segment, slot, "the guest ejects a device that it was not asked to");
                 continue;
             };
-            if let Some(index) = running.subscribers.iter().position(|(id, _)| *id == name) {
+            if let Some(index) = running.subscribers.iter().position(|(place, _)| *place == Some(bdf)) {
                 let (_, subscriber) = running.subscribers.remove(index);
                 if let Err(error) = events.remove_subscriber(subscriber) {
                     tracing::warn!(?error, "a device was not on the event loop");

@@ -182,4 +182,15 @@ fn a_name_is_free_when_the_guest_has_let_go() {
             .0,
         200
     );
+    // It has not let go: it can be asked again, as Cloud Hypervisor's clients do, and the device is still told of as going.
+    process.put("vm.remove-device", Some(&json!({"id": "d"})));
+    let info = process.info();
+    let states: Vec<_> = info["podvisor"]["devices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|d| (d["id"].as_str().unwrap(), d["state"].as_str().unwrap()))
+        .filter(|(id, _)| ["d", "e"].contains(id))
+        .collect();
+    assert_eq!(states, [("d", "removing"), ("e", "configuring")]);
 }
