@@ -20,6 +20,7 @@ pub mod memory;
 pub mod pod;
 pub mod pod_image;
 pub mod registry;
+pub mod sandbox;
 pub mod sizing;
 pub mod snapshot;
 pub mod sys;

@@ -177,6 +177,59 @@ pub fn ignore_sigpipe() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }
 
+/// Has a system call that a filter refuses (SIGSYS) end the process, with a line on stderr that names it.
+///
+/// # Errors
+/// As `sigaction(2)`.
+pub fn end_on_refused_call() -> io::Result<()> {
+    extern "C" fn refused(_: libc::c_int, info: *const libc::siginfo_t, _: *const libc::c_void) {
+        // SAFETY: the kernel gives a handler with SA_SIGINFO a valid siginfo_t; for SIGSYS the call's number is the int
+        // after the call's address (Linux include/uapi/asm-generic/siginfo.h, `_sigsys._syscall`).
+        let number = unsafe { info.cast::<libc::c_int>().add(6).read() };
+        let mut line = *b"podvisor: seccomp: system call 0000 is not allowed: ending (--seccomp log tells more)\n";
+        let digits = [1000, 100, 10, 1].map(|unit| b'0' + u8::try_from(number / unit % 10).unwrap_or(0));
+        if let Some(place) = line.get_mut(31..35) {
+            place.copy_from_slice(&digits);
+        }
+        // SAFETY: write(2) and _exit(2) may be called in a signal handler; `line` lives through the call.
+        unsafe {
+            libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len());
+            libc::_exit(128 + libc::SIGSYS);
+        }
+    }
+    // SAFETY: all zeroes is a valid sigaction: no flags, an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_flags = libc::SA_SIGINFO;
+    action.sa_sigaction = refused as *const () as usize;
+    // SAFETY: the handler has the signature that SA_SIGINFO asks for and only makes calls a handler may make.
+    if unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Filters the system calls of this thread, and of those it starts, by a classic BPF program (`seccomp(2)`); it gives up
+/// privileges by running programs for that.
+///
+/// # Errors
+/// As the system calls.
+pub fn filter_calls(program: &[libc::sock_filter]) -> io::Result<()> {
+    let len = u16::try_from(program.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let program = libc::sock_fprog {
+        len,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the call takes no pointers.
+    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `program` names `len` instructions that live through the call; the kernel copies and checks them.
+    if unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// A descriptor that reports signals as readable data (`signalfd(2)`); the signals are blocked from then on, in this
 /// thread and in those it starts.
 #[derive(Debug)]

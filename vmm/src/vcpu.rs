@@ -18,6 +18,7 @@ use podvisor_snp::processor::{MsrOutcome, Processor};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::state::{StateError, VcpuState};
+use crate::sandbox::seccomp;
 
 /// What answers the guest's port I/O and MMIO. A device lock is held for one access at most.
 pub trait GuestIo: Send + Sync {
@@ -343,6 +344,11 @@ enum Next {
 
 impl Vcpu {
     fn run(mut self, control: &Control) {
+        if let Err(error) = seccomp::enter_vcpu() {
+            let reason = format!("vCPU {}: {error}", self.index);
+            self.context.exit.give(PodExit::Failed(reason));
+            return control.wait_for_stop();
+        }
         let kickable = kick::Kickable::new(&mut self.fd);
         while control.may_run() {
             match self.step() {

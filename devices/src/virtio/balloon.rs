@@ -305,6 +305,9 @@ impl Balloon {
     }
 }
 
+/// The system calls that it makes beyond the monitor's own (`libc::SYS_*`).
+pub const SYSCALLS: &[i64] = &[libc::SYS_madvise, libc::SYS_fallocate, libc::SYS_read, libc::SYS_write];
+
 impl VirtioDevice for Balloon {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BALLOON
@@ -411,9 +414,5 @@ impl VirtioDevice for Balloon {
             ("refused_ranges", self.counters.refused),
             ("failed_ranges", self.counters.failed),
         ]
-    }
-
-    fn syscalls(&self) -> &'static [i64] {
-        &[libc::SYS_madvise, libc::SYS_fallocate, libc::SYS_read, libc::SYS_write]
     }
 }

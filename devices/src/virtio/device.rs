@@ -379,8 +379,4 @@ pub trait VirtioDevice: Send {
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
-    /// The system calls this device needs beyond the monitor's own (`libc::SYS_*`).
-    fn syscalls(&self) -> &'static [i64] {
-        &[]
-    }
 }

@@ -256,12 +256,6 @@ impl VirtioPci {
         })
     }
 
-    /// The system calls that the device needs beyond the monitor's own.
-    #[must_use]
-    pub fn syscalls(&self) -> &'static [i64] {
-        self.device.syscalls()
-    }
-
     /// Whether the driver is running the device.
     #[must_use]
     pub fn is_active(&self) -> bool {

@@ -153,6 +153,14 @@ fn answer(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>) -> u32 {
     u32::from(buffer.is_some_and(|d| memory.write_obj(1_u8, d.addr()).is_ok()))
 }
 
+/// The system calls that it makes beyond the monitor's own (`libc::SYS_*`).
+pub const SYSCALLS: &[i64] = &[
+    libc::SYS_timerfd_settime,
+    libc::SYS_timerfd_gettime,
+    libc::SYS_read,
+    libc::SYS_write,
+];
+
 impl VirtioDevice for Watchdog {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_WATCHDOG
@@ -222,15 +230,6 @@ impl VirtioDevice for Watchdog {
             ("pings", self.pings),
             ("expirations", self.expirations),
             ("failed_chains", self.failed_chains),
-        ]
-    }
-
-    fn syscalls(&self) -> &'static [i64] {
-        &[
-            libc::SYS_timerfd_settime,
-            libc::SYS_timerfd_gettime,
-            libc::SYS_read,
-            libc::SYS_write,
         ]
     }
 }

@@ -7,6 +7,8 @@ use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use podvisor_api::types::{PayloadConfig, RestoreConfig, VmConfig};
 use podvisor_api::{OptionForm, OptionsError, from_options};
 
+use crate::sandbox::seccomp::Violation;
+
 const EXAMPLES: &str = "\
 Examples:
   Wait for a Kata shim (or curl) on a socket:
@@ -176,7 +178,7 @@ pub(crate) struct RunArgs {
     /// Virtio console: off|null|tty|file=FILE
     #[arg(long, value_name = "MODE", help_heading = "Devices")]
     pub(crate) console: Option<String>,
-    /// Seccomp: true, false or log.
+    /// System calls that the monitor has no use for: true ends it, errno lets them fail, log only logs them, false allows all.
     #[arg(long, value_enum, default_value_t = Seccomp::True)]
     pub(crate) seccomp: Seccomp,
     /// Tell what happens to the pod: path=FILE or fd=N
@@ -200,6 +202,20 @@ pub(crate) enum Seccomp {
     False,
     /// Log what would be filtered.
     Log,
+    /// Let it fail.
+    Errno,
+}
+
+impl Seccomp {
+    /// What happens on a call that is not allowed; none: nothing is filtered.
+    pub(crate) fn violation(self) -> Option<Violation> {
+        match self {
+            Self::True => Some(Violation::End),
+            Self::Errno => Some(Violation::Refuse),
+            Self::Log => Some(Violation::Log),
+            Self::False => None,
+        }
+    }
 }
 
 /// Why the options do not describe a pod.

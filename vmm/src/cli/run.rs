@@ -5,9 +5,10 @@ use std::time::Instant;
 use podvisor_api::events::What;
 
 use super::Failure;
-use super::args::{RunArgs, Seccomp};
+use super::args::RunArgs;
 use crate::api_socket::ApiSocket;
 use crate::control::{ControlError, Monitor};
+use crate::sandbox::seccomp;
 use crate::telling::Telling;
 use crate::{isolation, logging, machine, sys};
 
@@ -29,9 +30,6 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     logging::start(logging::level(args.verbosity), args.log_file.as_deref(), start)
         .map_err(|e| Failure::usage(format!("--log-file: {e}")))?;
     tracing::info!("podvisor {} pid {}", env!("CARGO_PKG_VERSION"), std::process::id());
-    if args.seccomp != Seccomp::False {
-        tracing::debug!("--seccomp: this version does not filter system calls yet");
-    }
     // Told before anything is made, so that a machine without KVM hears one thing.
     drop(machine::open_kvm().map_err(Failure::usage)?);
     let mut monitor = Monitor::new(start, expect_digest).map_err(Failure::runtime)?;
@@ -42,6 +40,9 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     }
     if let Some(socket) = &args.api_socket {
         monitor.serve(ApiSocket::open(socket).map_err(Failure::runtime)?);
+    }
+    if let Some(violation) = args.seccomp.violation() {
+        seccomp::enter(violation).map_err(Failure::runtime)?;
     }
     if let Some(config) = config {
         let emulated = config.isolation() == podvisor_api::types::Isolation::SnpEmulated;

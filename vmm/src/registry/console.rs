@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use podvisor_api::types::{ConsoleMode, VmConfig};
-use podvisor_devices::virtio::console::{Console, ConsoleOutput};
+use podvisor_devices::virtio::console::{self, Console, ConsoleOutput};
 
 use super::{Kind, Means, RegistryError, Wanted, failed};
 
@@ -15,6 +15,7 @@ pub(super) const KIND: Kind = Kind {
     name: "console",
     make: console,
     ids: |_| Vec::new(),
+    syscalls: &[console::SYSCALLS],
     take_out: |_, _| {},
 };
 

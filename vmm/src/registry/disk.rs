@@ -1,9 +1,9 @@
 //! Disks: the `disks` section and `vm.add-disk`.
 
 use podvisor_api::types::{DiskConfig, VmConfig};
-use podvisor_devices::virtio::blk::{Blk, BlkOptions};
+use podvisor_devices::virtio::blk::{self, Blk, BlkOptions};
 use podvisor_devices::virtio::device::VirtioDevice;
-use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserBlkOptions};
+use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserBlkOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
@@ -12,6 +12,7 @@ pub(super) const KIND: Kind = Kind {
     name: "disk",
     make: disks,
     ids: |config| config.disks.iter_mut().flatten().map(|d| &mut d.id).collect(),
+    syscalls: &[blk::SYSCALLS, vhost_user::SYSCALLS],
     take_out: |config, id| {
         config
             .disks

@@ -2,8 +2,8 @@
 
 use podvisor_api::types::{FsConfig, VmConfig};
 use podvisor_devices::virtio::device::VirtioDevice;
-use podvisor_devices::virtio::fs::{Fs, FsOptions};
-use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserFsOptions};
+use podvisor_devices::virtio::fs::{self, Fs, FsOptions};
+use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserFsOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
@@ -12,6 +12,7 @@ pub(super) const KIND: Kind = Kind {
     name: "fs",
     make: fs,
     ids: |config| config.fs.iter_mut().flatten().map(|d| &mut d.id).collect(),
+    syscalls: &[fs::SYSCALLS, vhost_user::SYSCALLS],
     take_out: |config, id| {
         config
             .fs

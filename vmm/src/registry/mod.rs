@@ -70,6 +70,8 @@ pub struct Kind {
     pub make: fn(&VmConfig, &Means<'_>) -> Result<Vec<Wanted>, RegistryError>,
     /// The names of the section's devices, where they can be given or assigned.
     pub ids: fn(&mut VmConfig) -> Vec<&mut Option<String>>,
+    /// The system calls that its devices make beyond the monitor's own, one list a way of making them.
+    pub syscalls: &'static [&'static [i64]],
     /// Takes the device of that name out of the section, if it is there.
     pub take_out: fn(&mut VmConfig, &str),
 }
@@ -95,6 +97,13 @@ pub fn devices(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, Regi
         all.extend((kind.make)(config, means)?);
     }
     Ok(all)
+}
+
+/// The system calls that the devices of all kinds make: any of them may be plugged in later.
+pub fn syscalls() -> impl Iterator<Item = i64> {
+    KINDS
+        .iter()
+        .flat_map(|kind| kind.syscalls.iter().copied().flatten().copied())
 }
 
 /// A device that is added to a pod: before its boot to the configuration, afterwards to the machine too.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use podvisor_api::types::{NetConfig, VhostMode, VmConfig};
 use podvisor_devices::virtio::device::VirtioDevice;
-use podvisor_devices::virtio::net::{HostInterface, Net, NetOptions};
-use podvisor_devices::virtio::vhost_user::{VhostUser, VhostUserNetOptions};
+use podvisor_devices::virtio::net::{self, HostInterface, Net, NetOptions};
+use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserNetOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
@@ -16,6 +16,7 @@ pub(super) const KIND: Kind = Kind {
     name: "net",
     make: nets,
     ids: |config| config.net.iter_mut().flatten().map(|d| &mut d.id).collect(),
+    syscalls: &[net::SYSCALLS, vhost_user::SYSCALLS],
     take_out: |config, id| {
         config
             .net

@@ -1,7 +1,7 @@
 //! Persistent memory: the `pmem` section and `vm.add-pmem`.
 
 use podvisor_api::types::{Isolation, PmemConfig, VmConfig};
-use podvisor_devices::virtio::pmem::{Pmem, PmemOptions};
+use podvisor_devices::virtio::pmem::{self, Pmem, PmemOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
@@ -10,6 +10,7 @@ pub(super) const KIND: Kind = Kind {
     name: "pmem",
     make: pmems,
     ids: |config| config.pmem.iter_mut().flatten().map(|d| &mut d.id).collect(),
+    syscalls: &[pmem::SYSCALLS],
     take_out: |config, id| {
         config
             .pmem

@@ -10,6 +10,7 @@ pub(super) const KIND: Kind = Kind {
     name: "rng",
     make: rng,
     ids: |_| Vec::new(),
+    syscalls: &[],
     take_out: |_, _| {},
 };
 

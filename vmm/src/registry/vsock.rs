@@ -1,7 +1,7 @@
 //! The vsock, of which a pod has one: the `vsock` section and `vm.add-vsock`.
 
 use podvisor_api::types::{VmConfig, VsockConfig};
-use podvisor_devices::virtio::vsock::{Vsock, VsockOptions};
+use podvisor_devices::virtio::vsock::{self, Vsock, VsockOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
@@ -10,6 +10,7 @@ pub(super) const KIND: Kind = Kind {
     name: "vsock",
     make: vsock,
     ids: |config| config.vsock.iter_mut().map(|d| &mut d.id).collect(),
+    syscalls: &[vsock::SYSCALLS],
     take_out: |config, id| drop(config.vsock.take_if(|d| d.id.as_deref() == Some(id))),
 };
 

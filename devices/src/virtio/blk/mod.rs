@@ -251,6 +251,22 @@ impl Counters {
     }
 }
 
+/// The system calls that it makes beyond the monitor's own (`libc::SYS_*`).
+pub const SYSCALLS: &[i64] = &[
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_timerfd_settime,
+    libc::SYS_timerfd_gettime,
+    libc::SYS_read,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+];
+
 impl VirtioDevice for Blk {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
@@ -335,23 +351,6 @@ impl VirtioDevice for Blk {
             ("write_zeroes_ops", c.write_zeroes_ops),
             ("failed_ops", c.failed_ops),
             ("malformed_chains", c.malformed_chains),
-        ]
-    }
-
-    fn syscalls(&self) -> &'static [i64] {
-        &[
-            libc::SYS_io_uring_setup,
-            libc::SYS_io_uring_enter,
-            libc::SYS_io_uring_register,
-            libc::SYS_preadv2,
-            libc::SYS_pwritev2,
-            libc::SYS_fdatasync,
-            libc::SYS_fallocate,
-            libc::SYS_timerfd_settime,
-            libc::SYS_timerfd_gettime,
-            libc::SYS_read,
-            libc::SYS_mmap,
-            libc::SYS_munmap,
         ]
     }
 }

@@ -261,6 +261,44 @@ fn answer(
     }
 }
 
+/// The system calls that it makes beyond the monitor's own (`libc::SYS_*`).
+pub const SYSCALLS: &[i64] = &[
+    libc::SYS_openat,
+    libc::SYS_close,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_dup,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fstatfs,
+    libc::SYS_getdents64,
+    libc::SYS_readlinkat,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat2,
+    libc::SYS_linkat,
+    libc::SYS_symlinkat,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_ftruncate,
+    libc::SYS_utimensat,
+    libc::SYS_fallocate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_umask,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+];
+
 impl VirtioDevice for Fs {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_FS
@@ -341,45 +379,6 @@ impl VirtioDevice for Fs {
             ("bytes_written", self.counters.bytes_written),
             ("inodes", inodes),
             ("handles", handles),
-        ]
-    }
-
-    fn syscalls(&self) -> &'static [i64] {
-        &[
-            libc::SYS_openat,
-            libc::SYS_close,
-            libc::SYS_read,
-            libc::SYS_write,
-            libc::SYS_pread64,
-            libc::SYS_pwrite64,
-            libc::SYS_preadv,
-            libc::SYS_pwritev,
-            libc::SYS_lseek,
-            libc::SYS_dup,
-            libc::SYS_fcntl,
-            libc::SYS_fstat,
-            libc::SYS_newfstatat,
-            libc::SYS_statx,
-            libc::SYS_fstatfs,
-            libc::SYS_getdents64,
-            libc::SYS_readlinkat,
-            libc::SYS_mkdirat,
-            libc::SYS_mknodat,
-            libc::SYS_unlinkat,
-            libc::SYS_renameat2,
-            libc::SYS_linkat,
-            libc::SYS_symlinkat,
-            libc::SYS_fchmod,
-            libc::SYS_fchmodat,
-            libc::SYS_fchownat,
-            libc::SYS_ftruncate,
-            libc::SYS_utimensat,
-            libc::SYS_fallocate,
-            libc::SYS_fsync,
-            libc::SYS_fdatasync,
-            libc::SYS_umask,
-            libc::SYS_setresuid,
-            libc::SYS_setresgid,
         ]
     }
 }

@@ -430,6 +430,19 @@ fn timer_failed(source: io::Error) -> DeviceError {
     }
 }
 
+/// The system calls that it makes beyond the monitor's own (`libc::SYS_*`).
+pub const SYSCALLS: &[i64] = &[
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_ioctl,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_timerfd_settime,
+    libc::SYS_timerfd_gettime,
+];
+
 impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
@@ -530,20 +543,6 @@ impl VirtioDevice for Net {
             ("tx_frames", c.tx_frames),
             ("tx_dropped", c.tx_dropped),
             ("tx_malformed_chains", c.tx_malformed),
-        ]
-    }
-
-    fn syscalls(&self) -> &'static [i64] {
-        &[
-            libc::SYS_readv,
-            libc::SYS_writev,
-            libc::SYS_read,
-            libc::SYS_write,
-            libc::SYS_ioctl,
-            libc::SYS_epoll_ctl,
-            libc::SYS_epoll_wait,
-            libc::SYS_timerfd_settime,
-            libc::SYS_timerfd_gettime,
         ]
     }
 }

@@ -203,6 +203,21 @@ pub struct VhostUser {
     control: Option<Control>,
 }
 
+/// The system calls that it makes beyond the monitor's own (`libc::SYS_*`): those of the connection once the pod runs.
+pub const SYSCALLS: &[i64] = &[
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_ioctl,
+    libc::SYS_fcntl,
+    libc::SYS_dup,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+];
+
 impl VirtioDevice for VhostUser {
     fn device_type(&self) -> u32 {
         self.device_type
@@ -281,22 +296,5 @@ impl VirtioDevice for VhostUser {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         self.lent.counters()
-    }
-
-    /// Those of the connection once the pod runs.
-    fn syscalls(&self) -> &'static [i64] {
-        &[
-            libc::SYS_sendmsg,
-            libc::SYS_sendto,
-            libc::SYS_recvfrom,
-            libc::SYS_setsockopt,
-            libc::SYS_shutdown,
-            libc::SYS_ioctl,
-            libc::SYS_fcntl,
-            libc::SYS_dup,
-            libc::SYS_read,
-            libc::SYS_write,
-            libc::SYS_close,
-        ]
     }
 }

@@ -241,6 +241,24 @@ fn fill_rx(active: &mut Active, muxer: &mut Muxer, chain: &mut Segments) -> Resu
     Ok(more)
 }
 
+/// The system calls that it makes beyond the monitor's own (`libc::SYS_*`).
+pub const SYSCALLS: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_socket,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_read,
+    libc::SYS_shutdown,
+    libc::SYS_close,
+    libc::SYS_ioctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_timerfd_settime,
+    libc::SYS_statx,
+    libc::SYS_unlink,
+];
+
 impl VirtioDevice for Vsock {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_VSOCK
@@ -343,25 +361,6 @@ impl VirtioDevice for Vsock {
             ("connections_active", self.muxer.active_connections()),
             ("connections_refused", counters.refused),
             ("handshake_timeouts", counters.timeouts),
-        ]
-    }
-
-    fn syscalls(&self) -> &'static [i64] {
-        &[
-            libc::SYS_accept4,
-            libc::SYS_connect,
-            libc::SYS_socket,
-            libc::SYS_recvfrom,
-            libc::SYS_sendto,
-            libc::SYS_read,
-            libc::SYS_shutdown,
-            libc::SYS_close,
-            libc::SYS_ioctl,
-            libc::SYS_epoll_wait,
-            libc::SYS_epoll_ctl,
-            libc::SYS_timerfd_settime,
-            libc::SYS_statx,
-            libc::SYS_unlink,
         ]
     }
 }
