@@ -101,6 +101,34 @@ pub fn from_options<T: OptionForm>(text: &str) -> Result<T, OptionsError> {
     Ok(T::deserialize(Node::Options(map.0))?)
 }
 
+/// As [`from_options`], with the descriptors that `fd=3` or `fd=[3,4]` names beside the type's own keys: they are the
+/// process's and not part of what is sent.
+///
+/// # Errors
+/// As [`from_options`].
+pub fn from_options_with_fds<T: OptionForm>(text: &str) -> Result<(T, Vec<i32>), OptionsError> {
+    let mut map = OptionMap(pairs(text)?);
+    let fds = map.take_text("fd").map_or(Ok(Vec::new()), |text| {
+        let numbers: Result<Vec<i32>, FieldError> = list(&text)?.into_iter().map(fd).collect();
+        numbers
+    });
+    let fds = fds.map_err(|e| e.within("fd"))?;
+    T::rewrite(&mut map)?;
+    Ok((T::deserialize(Node::Options(map.0))?, fds))
+}
+
+fn fd(node: Node) -> Result<i32, FieldError> {
+    match node {
+        Node::Text(text) => match text.parse() {
+            Ok(number) if number > 2 => Ok(number),
+            _ => Err(FieldError::new(format!(
+                "`{text}` is no inherited descriptor; give numbers above 2"
+            ))),
+        },
+        _ => Err(FieldError::new("no number; write fd=3 or fd=[3,4]".to_owned())),
+    }
+}
+
 /// Splits at the commas that stand outside quotes and brackets; quotes are removed where nothing further will be split
 /// off the piece (`keep_quotes` false).
 fn split(text: &str, keep_quotes: bool) -> Result<Vec<String>, OptionsError> {

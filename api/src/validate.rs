@@ -9,7 +9,7 @@ mod names;
 mod payload;
 mod vhost_user;
 
-use self::devices::{check_disk, check_fs, check_net, check_vsock, console};
+use self::devices::{check_disk, check_fs, check_net, check_vsock, console, rate_limit_groups};
 use self::machine::{cpus, memory};
 use self::names::{identifiers, segments};
 use self::payload::{payload, platform, pod};
@@ -78,6 +78,7 @@ impl VmConfig {
         for (at, disk) in self.disks().iter().enumerate() {
             check_disk(disk, &format!("disks[{at}]"), &mut found);
         }
+        rate_limit_groups(self, &mut found);
         for (at, net) in self.net().iter().enumerate() {
             check_net(net, &format!("net[{at}]"), &mut found);
         }

@@ -4,7 +4,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -124,12 +124,16 @@ impl Monitor {
         self.api = Some((socket, raised));
     }
 
-    /// Creates and boots a pod, as vm.create and vm.boot do.
+    /// Creates and boots a pod, as vm.create and vm.boot do. `taps` are the TAP queues of its network devices, by their
+    /// place in `config`.
     ///
     /// # Errors
     /// When either is refused.
-    pub fn boot(&mut self, config: VmConfig) -> Result<(), ControlError> {
+    pub fn boot(&mut self, config: VmConfig, taps: Vec<(usize, Vec<OwnedFd>)>) -> Result<(), ControlError> {
         self.pod.create(config)?;
+        for (net, fds) in taps {
+            self.pod.hand_over(net, fds)?;
+        }
         let long = self.pod.boot_may_take_long();
         self.meanwhile(long, PodSlot::boot)
     }

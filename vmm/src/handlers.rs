@@ -271,7 +271,9 @@ fn add_section<T: Addition + serde::de::DeserializeOwned>(state: &mut State<'_>,
 fn add_net(state: &mut State<'_>, body: &[u8]) -> Outcome {
     let config = parse(body)?;
     let fds = Arc::new(std::mem::take(&mut state.files));
-    add(state, &AddedNet { config, fds })
+    let added = AddedNet { config, fds };
+    added.check().map_err(|e| Refusal::new(400, e.to_string()))?;
+    add(state, &added)
 }
 
 #[cfg(test)]

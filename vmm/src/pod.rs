@@ -2,6 +2,7 @@
 //! order in which the two may change. A refused step changes nothing.
 
 use std::error::Error;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use serde_json::{Map, Value, json};
 use crate::config::{PlanError, PodPlan};
 use crate::hex;
 use crate::machine::{BootError, BootTimings, Machine};
-use crate::registry::{self, Addition, RegistryError};
+use crate::registry::{self, AddedNet, Addition, RegistryError};
 use crate::snapshot::{self, SnapshotError};
 use crate::telling::Telling;
 use crate::vcpu::ExitSignal;
@@ -137,6 +138,22 @@ impl PodSlot {
             running: None,
             timings: None,
         });
+        Ok(())
+    }
+
+    /// Gives the created pod the TAP queues of its network device number `net`.
+    ///
+    /// # Errors
+    /// When there is no such device, or it has another number of queues.
+    pub fn hand_over(&mut self, net: usize, fds: Vec<OwnedFd>) -> Result<(), PodError> {
+        let plan = &mut self.pod.as_mut().ok_or(PodError::NotCreated)?.plan;
+        let gone = || PodError::NoDevice(format!("net[{net}]"));
+        let config = plan.config.net().get(net).ok_or_else(gone)?.clone();
+        let id = config.id.clone().ok_or_else(gone)?;
+        let fds = Arc::new(fds);
+        let added = AddedNet { config, fds };
+        added.check().map_err(PlanError::Config)?;
+        plan.descriptors.insert(id, added.fds);
         Ok(())
     }
 

@@ -137,6 +137,27 @@ pub fn inherited_listener(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Takes over descriptor `fd`, inherited from the parent, if it is a queue of a TAP interface.
+///
+/// # Errors
+/// EBADF when it is not open, EBADFD or ENOTTY when it is something else.
+pub fn inherited_tap(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: all-zero bytes are a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: TUNGETIFF writes one ifreq, which `request` is; any fd may be asked about, and nothing that is not a TAP
+    // queue knows the request.
+    if unsafe { libc::ioctl(fd, libc::TUNGETIFF, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above, it is open; F_SETFD takes a number.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is a TAP queue, of which this process makes none before it has taken those of its parent; the caller
+    // takes each number once.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A descriptor for what `fd`, inherited from the parent, stands for, made non-blocking.
 ///
 /// # Errors

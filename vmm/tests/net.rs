@@ -65,6 +65,14 @@ fn taps_come_as_descriptors_before_the_boot_and_after_it() {
     // The numbers that a client writes into `fds` mean nothing.
     let mut body = go_body(mac);
     body["fds"] = json!([77]);
+    // A number of descriptors that cannot be is refused here, not at the boot.
+    let (status, said) = add(&process, &body, &[&first, &second]);
+    assert_eq!(status, 400, "{said}");
+    assert!(
+        said.to_string().contains("net.num_queues: 2 queues and 2 descriptors"),
+        "{said}"
+    );
+    assert!(process.info()["config"]["net"].is_null());
     assert_eq!(add(&process, &body, &[&first]), (204, Value::Null));
     process.put("vm.boot", None);
     assert_eq!(process.info()["config"]["net"][0]["ip"], "192.168.249.1");
@@ -84,6 +92,53 @@ fn taps_come_as_descriptors_before_the_boot_and_after_it() {
     let devices = process.info()["podvisor"]["devices"].to_string();
     assert!(devices.contains("_net0") && devices.contains("_net1"), "{devices}");
     process.put("vm.remove-device", Some(&json!({"id": "_net1"})));
+}
+
+#[test]
+fn the_command_line_takes_inherited_queues() {
+    if !kvm() {
+        return;
+    }
+    let name = format!("pvt{}c", std::process::id() % 100_000);
+    let Some(queue) = tap(&name) else {
+        println!("skipped: no TAP interface can be made here");
+        return;
+    };
+    // SAFETY: the descriptor is open; no pointers.
+    assert_eq!(unsafe { libc::fcntl(queue.as_raw_fd(), libc::F_SETFD, 0) }, 0);
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    pvh_kernel(&kernel, IDLE);
+    let fd = queue.as_raw_fd();
+    let kernel = kernel.to_str().unwrap();
+    let (net, wrong) = (
+        format!("fd={fd},mac=52:54:00:00:00:07"),
+        format!("fd={fd},num_queues=4"),
+    );
+    let pod = ["--kernel", kernel, "--console", "off", "--net"];
+    let process = Process::start_with(&[&pod[..], &[&net]].concat());
+    let info = common::wait_for("the pod to run", || {
+        let (status, info) = process.request("GET", "vm.info", None);
+        (status == 200 && info["state"] == "Running").then_some(info)
+    });
+    assert_eq!(info["config"]["net"][0]["mac"], "52:54:00:00:00:07");
+    // It is that very queue: a reboot has it again.
+    process.put("vm.reboot", None);
+    assert!(process.info()["podvisor"]["devices"].to_string().contains("_net0"));
+
+    // What is no TAP queue, or too few of them, is said before anything is made.
+    for (net, word) in [
+        (&wrong, "4 queues and 1 descriptors"),
+        (&"fd=999".to_owned(), "--net fd=999"),
+    ] {
+        let output = common::podvisor(&dir.path().join("api"), &dir.path().join("log"))
+            .args(pod)
+            .arg(net)
+            .status()
+            .unwrap();
+        let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+        assert!(!output.success() && log.contains(word), "{log}");
+    }
 }
 
 #[test]

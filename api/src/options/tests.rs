@@ -180,3 +180,20 @@ proptest! {
         let _ = from_options::<ConsoleConfig>(&text);
     }
 }
+
+#[test]
+fn descriptors_stand_beside_the_types_own_keys() {
+    let (net, fds): (crate::types::NetConfig, _) =
+        crate::from_options_with_fds("fd=[5,6],num_queues=4,mac=02:00:00:00:00:01").unwrap();
+    assert_eq!((fds, net.num_queues), (vec![5, 6], 4));
+    let one = crate::from_options_with_fds::<crate::types::NetConfig>("fd=7").unwrap();
+    assert_eq!(one.1, [7]);
+    let none = crate::from_options_with_fds::<crate::types::NetConfig>("tap=x").unwrap();
+    assert!(none.1.is_empty());
+    for text in ["fd=x", "fd=[3,2]", "fd=-1"] {
+        let error = crate::from_options_with_fds::<crate::types::NetConfig>(text).unwrap_err();
+        assert!(error.to_string().contains("fd"), "{error}");
+    }
+    // Where it has no meaning it is a key that nobody knows.
+    assert!(crate::from_options::<crate::types::NetConfig>("fd=7").is_err());
+}

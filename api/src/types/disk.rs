@@ -70,6 +70,24 @@ pub struct RateLimiterConfig {
     pub ops: Option<TokenBucket>,
 }
 
+/// Limits that several disks share (`--rate-limit-group id=g,bw_size=…,bw_refill_time=…`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct RateLimitGroupConfig {
+    /// The name by which disks ask for it.
+    pub id: String,
+    /// Limits of all its disks together.
+    #[serde(default)]
+    pub rate_limiter_config: RateLimiterConfig,
+}
+
+impl OptionForm for RateLimitGroupConfig {
+    fn rewrite(options: &mut OptionMap) -> Result<(), FieldError> {
+        options.nest_rate_limiter();
+        Ok(())
+    }
+}
+
 /// A virtio-blk disk (`--disk path=/x.img,readonly=on`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]

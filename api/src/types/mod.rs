@@ -16,7 +16,9 @@ mod vm;
 
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
 pub use cpu::{CoreScheduling, CpuAffinity, CpuFeatures, CpuProfile, CpuTopology, CpusConfig};
-pub use disk::{DiskConfig, ImageType, LockGranularity, RateLimiterConfig, TokenBucket, VirtQueueAffinity};
+pub use disk::{
+    DiskConfig, ImageType, LockGranularity, RateLimitGroupConfig, RateLimiterConfig, TokenBucket, VirtQueueAffinity,
+};
 pub use fs::FsConfig;
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use misc::{BalloonConfig, DeviceConfig, PmemConfig, RngConfig, VsockConfig};

@@ -2,7 +2,8 @@
 
 use super::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, FsConfig, MemoryConfig,
-    NetConfig, PayloadConfig, PlatformConfig, PmemConfig, PodConfig, RngConfig, SerialConfig, VsockConfig,
+    NetConfig, PayloadConfig, PlatformConfig, PmemConfig, PodConfig, RateLimitGroupConfig, RngConfig, SerialConfig,
+    VsockConfig,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -22,6 +23,9 @@ pub struct VmConfig {
     /// The pod's limits, from which vCPUs and memory are sized.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<PodConfig>,
+    /// Limits that disks share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
     /// Disks, in the guest's order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
@@ -83,6 +87,11 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
+    /// The rate limit groups, none if absent.
+    pub fn rate_limit_groups(&self) -> &[RateLimitGroupConfig] {
+        self.rate_limit_groups.as_deref().unwrap_or_default()
+    }
+
     /// The disks, none if absent.
     pub fn disks(&self) -> &[DiskConfig] {
         self.disks.as_deref().unwrap_or_default()

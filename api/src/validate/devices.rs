@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::names::identifier;
 use super::{ConfigError, Findings, MAX_QUEUE_SIZE, first, vhost_user};
-use crate::types::{ConsoleMode, DiskConfig, FsConfig, NetConfig, RateLimiterConfig, VsockConfig};
+use crate::types::{ConsoleMode, DiskConfig, FsConfig, NetConfig, RateLimiterConfig, VmConfig, VsockConfig};
 
 /// Most queues of one device.
 const MAX_QUEUES: usize = 256;
@@ -88,6 +88,30 @@ fn rate_limits(field: &str, limiter: Option<&RateLimiterConfig>, found: &mut Fin
     }
 }
 
+/// Rate limit groups have names of their own, and those that disks name exist.
+pub(super) fn rate_limit_groups(config: &VmConfig, found: &mut Findings) {
+    let groups = config.rate_limit_groups();
+    for (at, group) in groups.iter().enumerate() {
+        let field = format!("rate_limit_groups[{at}]");
+        if group.id.is_empty() || groups.iter().take(at).any(|other| other.id == group.id) {
+            let reason = format!(
+                "`{}` is empty or given twice; give each group a name of its own",
+                group.id
+            );
+            found.add(format!("{field}.id"), reason);
+        }
+        rate_limits(&field, Some(&group.rate_limiter_config), found);
+    }
+    for (at, disk) in config.disks().iter().enumerate() {
+        if let Some(id) = &disk.rate_limit_group
+            && !groups.iter().any(|group| group.id == *id)
+        {
+            let reason = format!("there is no group `{id}`; add it to rate_limit_groups");
+            found.add(format!("disks[{at}].rate_limit_group"), reason);
+        }
+    }
+}
+
 pub(super) fn check_disk(disk: &DiskConfig, field: &str, found: &mut Findings) {
     queues(field, disk.num_queues, disk.queue_size, found);
     if disk.vhost_user {
@@ -117,6 +141,12 @@ pub(super) fn check_disk(disk: &DiskConfig, field: &str, found: &mut Findings) {
         }
     }
     rate_limits(field, disk.rate_limiter_config.as_ref(), found);
+    if disk.rate_limiter_config.is_some() && disk.rate_limit_group.is_some() {
+        found.add(
+            format!("{field}.rate_limit_group"),
+            "is given beside rate_limiter_config; give one of the two",
+        );
+    }
 }
 
 pub(super) fn check_net(net: &NetConfig, field: &str, found: &mut Findings) {

@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
-use podvisor_api::types::{PayloadConfig, RestoreConfig, VmConfig};
-use podvisor_api::{OptionForm, OptionsError, from_options};
+use podvisor_api::types::{NetConfig, PayloadConfig, RestoreConfig, VmConfig};
+use podvisor_api::{OptionForm, OptionsError, from_options, from_options_with_fds};
 
 use crate::sandbox::seccomp::Violation;
 
@@ -157,13 +157,17 @@ pub(crate) struct RunArgs {
     /// Disk: path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,serial=TEXT][,id=NAME]
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) disk: Vec<String>,
-    /// File system: tag=TAG,shared_dir=DIR[,readonly=on][,num_queues=N][,id=NAME]
+    /// Limits that disks share: id=NAME[,bw_size=N,bw_refill_time=MS][,ops_size=N,ops_refill_time=MS]
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
+    pub(crate) rate_limit_group: Vec<String>,
+    /// File system: tag=TAG,shared_dir=DIR|socket=PATH[,readonly=on][,num_queues=N][,id=NAME]
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) fs: Vec<String>,
     /// Vsock: cid=N,socket=PATH[,id=NAME]
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub(crate) vsock: Option<String>,
-    /// Network device (refused by name in this version; the API has vm.add-net).
+    /// Network device: [tap=NAME][,mac=MAC][,ip=IP,mask=MASK][,num_queues=N][,mtu=N][,id=NAME], fd=[N,N] for TAP queues
+    /// that were inherited, or vhost_user=on,socket=PATH[,vhost_mode=server]
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) net: Vec<String>,
     /// Persistent memory: file=FILE[,size=SIZE][,discard_writes=on][,id=NAME], or file=DIR,size=SIZE
@@ -249,13 +253,6 @@ fn section<T: OptionForm>(option: &'static str, text: &str) -> Result<T, UsageEr
     })
 }
 
-fn unsupported(option: &'static str) -> UsageError {
-    UsageError::Value {
-        option,
-        reason: format!("not supported yet by podvisor {}", env!("CARGO_PKG_VERSION")),
-    }
-}
-
 impl RunArgs {
     /// The launch digest that `--expect-digest` promises.
     pub(crate) fn expected_digest(&self) -> Result<Option<[u8; 48]>, UsageError> {
@@ -279,11 +276,20 @@ impl RunArgs {
             .transpose()
     }
 
+    /// The network devices with the descriptors that they name.
+    pub(crate) fn nets(&self) -> Result<Vec<(NetConfig, Vec<i32>)>, UsageError> {
+        let net = |text: &String| {
+            from_options_with_fds(text).map_err(|source| UsageError::Option {
+                option: "--net",
+                text: text.clone(),
+                source,
+            })
+        };
+        self.net.iter().map(net).collect()
+    }
+
     /// The configuration that the options describe; none without a payload.
     pub(crate) fn config(&self) -> Result<Option<VmConfig>, UsageError> {
-        if !self.net.is_empty() {
-            return Err(unsupported("--net"));
-        }
         let mut config = VmConfig::default();
         if let Some(text) = &self.cpus {
             config.cpus = section("--cpus", text)?;
@@ -303,6 +309,12 @@ impl RunArgs {
             .map(|text| section("--disk", text))
             .collect::<Result<Vec<_>, _>>()?;
         config.disks = (!disks.is_empty()).then_some(disks);
+        let groups: Vec<_> = (self.rate_limit_group.iter())
+            .map(|text| section("--rate-limit-group", text))
+            .collect::<Result<_, _>>()?;
+        config.rate_limit_groups = (!groups.is_empty()).then_some(groups);
+        let net: Vec<_> = self.nets()?.into_iter().map(|(net, _)| net).collect();
+        config.net = (!net.is_empty()).then_some(net);
         let fs = self
             .fs
             .iter()
@@ -394,8 +406,26 @@ mod tests {
     }
 
     #[test]
+    fn networks_and_groups() {
+        let args = parse(&[
+            "--kernel",
+            "k",
+            "--net",
+            "fd=[7,8],num_queues=4",
+            "tap=t",
+            "--rate-limit-group",
+            "id=g,ops_size=10,ops_refill_time=1000",
+        ]);
+        let config = args.config().unwrap().unwrap();
+        assert_eq!(config.net()[1].tap.as_deref(), Some("t"));
+        assert_eq!(config.rate_limit_groups()[0].rate_limiter_config.ops.unwrap().size, 10);
+        let fds: Vec<_> = args.nets().unwrap().into_iter().map(|(_, fds)| fds).collect();
+        assert_eq!(fds, [vec![7, 8], vec![]]);
+    }
+
+    #[test]
     fn what_is_not_there_is_refused_by_name() {
-        let error = parse(&["--net", "tap=x"]).config().unwrap_err();
+        let error = parse(&["--kernel", "k", "--net", "tpa=x"]).config().unwrap_err();
         assert!(error.to_string().starts_with("--net"), "{error}");
         let error = parse(&["--disk", "path=a"]).config().unwrap_err();
         assert!(error.to_string().contains("--igvm"), "{error}");

@@ -11,7 +11,7 @@ use podvisor_api::types::{
     DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, RestoreConfig, VmResize, VmResizeDisk, VmResizeZone,
     VsockConfig,
 };
-use podvisor_api::{OptionForm, from_options};
+use podvisor_api::{OptionForm, from_options, from_options_with_fds};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -162,6 +162,8 @@ struct Call {
     method: &'static str,
     endpoint: &'static str,
     body: Option<Value>,
+    /// Descriptors of this process that go with it.
+    fds: Vec<i32>,
 }
 
 fn put(endpoint: &'static str, body: Option<Value>) -> Call {
@@ -169,6 +171,7 @@ fn put(endpoint: &'static str, body: Option<Value>) -> Call {
         method: "PUT",
         endpoint,
         body,
+        fds: Vec::new(),
     }
 }
 
@@ -177,6 +180,7 @@ fn get(endpoint: &'static str) -> Call {
         method: "GET",
         endpoint,
         body: None,
+        fds: Vec::new(),
     }
 }
 
@@ -208,7 +212,14 @@ impl Request {
             Self::AddDevice { device } => with_options::<DeviceConfig>("vm.add-device", device)?,
             Self::AddDisk { disk } => with_options::<DiskConfig>("vm.add-disk", disk)?,
             Self::AddFs { fs } => with_options::<FsConfig>("vm.add-fs", fs)?,
-            Self::AddNet { net } => with_options::<NetConfig>("vm.add-net", net)?,
+            Self::AddNet { net } => {
+                let (net, fds): (NetConfig, _) = from_options_with_fds(net).map_err(Failure::usage)?;
+                let body = serde_json::to_value(net).map_err(Failure::usage)?;
+                Call {
+                    fds,
+                    ..put("vm.add-net", Some(body))
+                }
+            }
             Self::AddPmem { pmem } => with_options::<PmemConfig>("vm.add-pmem", pmem)?,
             Self::AddVsock { vsock } => with_options::<VsockConfig>("vm.add-vsock", vsock)?,
             Self::RemoveDevice { id } => put("vm.remove-device", Some(json!({"id": id}))),
@@ -267,7 +278,12 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
         .map_err(failed)?;
     let body = call.body.map(|body| body.to_string());
     let reply = client
-        .request(call.method, call.endpoint, body.as_deref().map(str::as_bytes))
+        .request_with_files(
+            call.method,
+            call.endpoint,
+            body.as_deref().map(str::as_bytes),
+            &call.fds,
+        )
         .map_err(failed)?;
     let text = String::from_utf8_lossy(&reply.body).into_owned();
     if !matches!(reply.status, 200 | 204) {
@@ -324,6 +340,8 @@ mod tests {
         let restore = call(&["restore", "source_url=file:///x"]);
         assert_eq!(restore.body.unwrap()["source_url"], "file:///x");
         assert_eq!(call(&["info"]).method, "GET");
+        let net = call(&["add-net", "fd=[5,6],num_queues=4"]);
+        assert_eq!((&net.body.unwrap()["num_queues"], net.fds), (&json!(4), vec![5, 6]));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Running a pod: the command line's own, or one that comes through the API.
 
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use podvisor_api::events::What;
@@ -15,6 +16,7 @@ use crate::{isolation, logging, machine, sys};
 /// Runs the monitor until its pod ends.
 pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     let config = args.config().map_err(Failure::usage)?;
+    let taps = inherited_taps(&args)?;
     let expect_digest = args.expected_digest().map_err(Failure::usage)?;
     let restored = args.restored().map_err(Failure::usage)?;
     if config.is_none() && restored.is_none() && args.api_socket.is_none() {
@@ -53,7 +55,7 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
                 format!("podvisor: {}\n", isolation::EMULATION_NOTICE).as_bytes(),
             );
         }
-        monitor.boot(config).map_err(|e| match e {
+        monitor.boot(config, taps).map_err(|e| match e {
             ControlError::Pod(crate::pod::PodError::Config(_)) => Failure::usage(e),
             e => Failure::runtime(e),
         })?;
@@ -62,4 +64,28 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
         monitor.restore(&wanted).map_err(Failure::runtime)?;
     }
     monitor.run().map_err(Failure::runtime)
+}
+
+/// The TAP queues that `--net fd=…` names, by the place of their device. Taken over before this process has any other
+/// descriptor of its own.
+fn inherited_taps(args: &RunArgs) -> Result<Vec<(usize, Vec<OwnedFd>)>, Failure> {
+    let mut taken = Vec::new();
+    let mut all = Vec::new();
+    for (index, (_, fds)) in args.nets().map_err(Failure::usage)?.into_iter().enumerate() {
+        let mut queues = Vec::new();
+        for fd in fds {
+            if taken.contains(&fd) {
+                return Err(Failure::usage(format!(
+                    "--net fd={fd}: it is given twice; give it once"
+                )));
+            }
+            taken.push(fd);
+            let queue = sys::inherited_tap(fd);
+            queues.push(queue.map_err(|e| Failure::usage(format!("--net fd={fd}: not a TAP queue: {e}")))?);
+        }
+        if !queues.is_empty() {
+            all.push((index, queues));
+        }
+    }
+    Ok(all)
 }

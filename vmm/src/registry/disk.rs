@@ -5,6 +5,7 @@ use podvisor_devices::virtio::blk::{self, Blk, BlkOptions};
 use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserBlkOptions};
 
+use super::limits::limiter;
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
 /// The kind.
@@ -62,6 +63,12 @@ fn own(section: &str, disk: &DiskConfig) -> Result<Box<dyn VirtioDevice>, Regist
         .path
         .clone()
         .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
+    if disk.rate_limit_group.is_some() {
+        return Err(failed(
+            field("rate_limit_group"),
+            "groups are not supported yet; give rate_limiter_config",
+        ));
+    }
     let options = BlkOptions {
         readonly: disk.readonly,
         direct: disk.direct,
@@ -70,6 +77,7 @@ fn own(section: &str, disk: &DiskConfig) -> Result<Box<dyn VirtioDevice>, Regist
         queue_size: disk.queue_size,
         disable_io_uring: disk.disable_io_uring,
         sparse: disk.sparse,
+        limiter: disk.rate_limiter_config.as_ref().and_then(limiter),
         ..BlkOptions::new(path.clone())
     };
     let device = Blk::open(options).map_err(|e| failed(format!("{} {}", field("path"), path.display()), e))?;

@@ -4,6 +4,7 @@
 mod console;
 mod disk;
 mod fs;
+mod limits;
 mod net;
 mod pmem;
 mod rng;

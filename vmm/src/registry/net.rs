@@ -4,11 +4,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use podvisor_api::ConfigError;
 use podvisor_api::types::{NetConfig, VhostMode, VmConfig};
 use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::net::{self, HostInterface, Net, NetOptions};
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserNetOptions};
 
+use super::limits::limiter;
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
 
 /// The kind.
@@ -32,6 +34,24 @@ pub struct AddedNet {
     pub config: NetConfig,
     /// The descriptors.
     pub fds: Arc<Vec<OwnedFd>>,
+}
+
+impl AddedNet {
+    /// Checks that there is a descriptor for each pair of queues, if there are any.
+    ///
+    /// # Errors
+    /// With both numbers.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let (queues, fds) = (self.config.num_queues, self.fds.len());
+        if fds == 0 || fds.checked_mul(2) == Some(queues) {
+            return Ok(());
+        }
+        Err(ConfigError {
+            field: "net.num_queues".to_owned(),
+            reason: format!("{queues} queues and {fds} descriptors came; send one descriptor for each two queues"),
+            conflict: false,
+        })
+    }
 }
 
 impl Addition for AddedNet {
@@ -126,12 +146,6 @@ fn own(
     fds: Option<&Arc<Vec<OwnedFd>>>,
 ) -> Result<Box<dyn VirtioDevice>, RegistryError> {
     let field = |name: &str| format!("{section}.{name}");
-    if net.rate_limiter_config.is_some() {
-        return Err(failed(
-            field("rate_limiter_config"),
-            "limits are not supported yet; leave it out",
-        ));
-    }
     let options = NetOptions {
         mac: mac(section, "mac", net.mac.as_deref())?,
         mtu: net.mtu.filter(|_| fds.is_none()),
@@ -140,7 +154,9 @@ fn own(
         offload_tso: net.offload_tso,
         offload_ufo: net.offload_ufo,
         offload_csum: net.offload_csum,
-        ..NetOptions::default()
+        // Each direction has the whole limit, as in Cloud Hypervisor.
+        rx_limiter: net.rate_limiter_config.as_ref().and_then(limiter),
+        tx_limiter: net.rate_limiter_config.as_ref().and_then(limiter),
     };
     let device = if let Some(fds) = fds {
         let copies: io::Result<Vec<OwnedFd>> = fds.iter().map(OwnedFd::try_clone).collect();

@@ -123,6 +123,11 @@ impl Process {
 
     /// Writes the pod image, a disk and a shared directory, and creates and boots a pod of them.
     pub(crate) fn boot_pod(&self, isolation: &str) {
+        self.boot_with(&self.pod_config(isolation));
+    }
+
+    /// As [`Process::boot_pod`], with a configuration of its kind.
+    pub(crate) fn boot_with(&self, config: &Value) {
         std::fs::write(self.path("pod.igvm"), podvisor::pod_image::POD_IMAGE).unwrap();
         std::fs::File::create(self.path("disk"))
             .unwrap()
@@ -130,7 +135,7 @@ impl Process {
             .unwrap();
         std::fs::create_dir(self.path("share")).unwrap();
         std::fs::write(self.path("share/file"), "contents of the shared file").unwrap();
-        self.put("vm.create", Some(&self.pod_config(isolation)));
+        self.put("vm.create", Some(config));
         self.put("vm.boot", None);
     }
 

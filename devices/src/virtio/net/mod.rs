@@ -98,7 +98,8 @@ pub struct HostInterface {
     pub name: Option<String>,
     /// Its MAC address; None: as it is.
     pub mac: Option<[u8; 6]>,
-    /// Its address and netmask; None: as they are.
+    /// Its address and netmask, if it is made; None: it has none. An interface that is there keeps its own, as in Cloud
+    /// Hypervisor.
     pub address: Option<(IpAddr, IpAddr)>,
 }
 
@@ -202,6 +203,8 @@ impl Net {
         options.check()?;
         let pairs = options.num_queues / 2;
         let mut taps: Vec<Tap> = Vec::new();
+        let there = |name: &String| Interface::new(name).and_then(|i| i.mtu()).is_ok();
+        let made = !host.name.as_ref().is_some_and(there);
         for queue in 0..pairs {
             // The kernel chooses a name once.
             let name = taps.first().map(Tap::name).or(host.name.as_deref());
@@ -214,7 +217,7 @@ impl Net {
             taps.push(tap);
         }
         let told = match taps.first() {
-            Some(tap) => Some(set_up(tap.name(), options, host)?),
+            Some(tap) => Some(set_up(tap.name(), options, host, made)?),
             None => None,
         };
         Self::new(options, taps, told)
@@ -385,8 +388,8 @@ fn config(mac: Option<[u8; 6]>, pairs: u16, mtu: Option<u16>) -> [u8; CONFIG_LEN
     config
 }
 
-/// Sets up the interface `name`; its MTU, or the one that was asked for.
-fn set_up(name: &str, options: &NetOptions, host: &HostInterface) -> Result<u16, NetError> {
+/// Sets up the interface `name`, which was `made` here or was there; its MTU, or the one that was asked for.
+fn set_up(name: &str, options: &NetOptions, host: &HostInterface, made: bool) -> Result<u16, NetError> {
     let failed = |what| {
         move |source| NetError::Interface {
             name: name.to_owned(),
@@ -395,7 +398,7 @@ fn set_up(name: &str, options: &NetOptions, host: &HostInterface) -> Result<u16,
         }
     };
     let interface = Interface::new(name).map_err(failed("making a socket for it"))?;
-    if let Some((address, mask)) = host.address {
+    if let Some((address, mask)) = host.address.filter(|_| made) {
         let set = interface.set_address(address, mask);
         set.map_err(failed("setting its address (ip, mask)"))?;
     }

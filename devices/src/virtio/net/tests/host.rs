@@ -136,6 +136,34 @@ fn an_interface_by_name_is_set_up_and_carries_frames() {
 }
 
 #[test]
+fn an_interface_that_is_there_keeps_its_address() {
+    if !own_namespace() {
+        return;
+    }
+    let mask: IpAddr = "255.255.255.0".parse().unwrap();
+    let mut host = HostInterface {
+        name: Some("kept0".to_owned()),
+        address: Some(("10.9.8.7".parse().unwrap(), mask)),
+        ..HostInterface::default()
+    };
+    // The first queue of several makes it.
+    let several = NetOptions {
+        num_queues: 4,
+        ..options()
+    };
+    let first = Net::open(&several, &host).unwrap();
+    host.address = Some(("192.168.249.1".parse().unwrap(), mask));
+    let second = Net::open(&several, &host).unwrap();
+    assert_eq!(second.interface(), "kept0");
+    assert!(UdpSocket::bind("10.9.8.7:0").is_ok());
+    assert!(UdpSocket::bind("192.168.249.1:0").is_err());
+    // It went with its last queue, and is made anew.
+    drop((first, second));
+    let _anew = Net::open(&several, &host).unwrap();
+    assert!(UdpSocket::bind("192.168.249.1:0").is_ok());
+}
+
+#[test]
 fn an_ipv6_address_is_taken_and_a_mixed_one_refused() {
     if !own_namespace() {
         return;
