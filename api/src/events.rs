@@ -42,6 +42,10 @@ pub enum What {
     /// vm.
     Resumed,
     /// vm.
+    Resizing,
+    /// vm.
+    Resized,
+    /// vm.
     Snapshotting,
     /// vm.
     Snapshotted,

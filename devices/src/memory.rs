@@ -15,6 +15,12 @@ use vm_memory::{
 pub trait SharedPages: Send + Sync {
     /// Whether every byte of `[gpa, gpa + len)` is shared. On the data path: lock-free.
     fn is_shared(&self, gpa: u64, len: u64) -> bool;
+
+    /// The parts of the region, as (GPA, length), that another process may be lent; None: all of it. It is asked again
+    /// when the pod's memory changes.
+    fn lendable(&self) -> Option<Vec<(u64, u64)>> {
+        None
+    }
 }
 
 /// Takes back and provides the host's memory behind guest pages. Devices by which a guest returns memory call it; the
@@ -52,6 +58,16 @@ impl PodRegion {
     #[must_use]
     pub fn new(inner: Arc<GuestRegionMmap>, gate: Option<Arc<dyn SharedPages>>) -> Self {
         Self { inner, gate }
+    }
+
+    /// What another process may be lent of the region, as (GPA, length).
+    #[must_use]
+    pub fn lendable(&self) -> Vec<(u64, u64)> {
+        let whole = || vec![(self.inner.start_addr().0, self.inner.len())];
+        self.gate
+            .as_ref()
+            .and_then(|gate| gate.lendable())
+            .unwrap_or_else(whole)
     }
 
     /// The file and offset behind the region, if what is written to the one is seen in the other: another process that

@@ -1,6 +1,7 @@
 //! The fixed part of a pod's machine: the two buses, PCI segments, serial port, clock, ACPI registers. What a
 //! configuration adds as virtio devices is `registry`'s.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,6 +15,7 @@ use podvisor_devices::legacy::{
     cmos::CMOS_SIZE,
     hotplug::{CPU_HOTPLUG_SIZE, PCI_HOTPLUG_SIZE},
     i8042::I8042_SIZE,
+    memory_hotplug::{MEMORY_HOTPLUG_SIZE, MemoryHotplug, MemoryHotplugError},
     serial::SERIAL_SIZE,
 };
 use podvisor_devices::pci::{Bdf, PciRoot, Window};
@@ -98,7 +100,7 @@ impl HotplugSink for Asks {
     }
 
     fn eject_vcpu(&self, index: u32) {
-        tracing::debug!(index, "the guest ejects a vCPU that was not unplugged");
+        self.0.eject_vcpu(index);
     }
 }
 
@@ -109,6 +111,9 @@ pub struct Chipset {
     /// PCI segments, in order.
     pub segments: Vec<Arc<PciRoot>>,
     ged: Arc<Mutex<Ged>>,
+    cpu_hotplug: Arc<Mutex<CpuHotplug>>,
+    /// None: no memory comes through it.
+    memory_hotplug: Option<Arc<Mutex<MemoryHotplug>>>,
     pci_hotplug: Arc<Mutex<PciHotplug>>,
     serial: Option<Arc<Mutex<Serial>>>,
 }
@@ -167,7 +172,20 @@ impl Chipset {
         let hotplug: Arc<dyn HotplugSink> = Arc::new(Asks(Arc::clone(exit)));
         let count = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         let cpus = CpuHotplug::new(count(machine.vcpus), count(machine.max_vcpus), Arc::clone(&hotplug));
-        mmio.insert(area.cpu_hotplug, CPU_HOTPLUG_SIZE, shared(cpus))?;
+        let cpu_hotplug = Arc::new(Mutex::new(cpus));
+        mmio.insert(
+            area.cpu_hotplug,
+            CPU_HOTPLUG_SIZE,
+            Arc::clone(&cpu_hotplug) as SharedBusDevice,
+        )?;
+        let memory_hotplug = (machine.memory_slots > 0).then(|| {
+            let controller = MemoryHotplug::new(machine.memory_slots, Arc::clone(&hotplug));
+            Arc::new(Mutex::new(controller))
+        });
+        if let Some(controller) = &memory_hotplug {
+            let device = Arc::clone(controller) as SharedBusDevice;
+            mmio.insert(area.memory_hotplug, MEMORY_HOTPLUG_SIZE, device)?;
+        }
         let pci_hotplug = Arc::new(Mutex::new(PciHotplug::new(machine.segments, hotplug)));
         mmio.insert(
             area.pci_hotplug,
@@ -186,6 +204,8 @@ impl Chipset {
             buses,
             segments,
             ged,
+            cpu_hotplug,
+            memory_hotplug,
             pci_hotplug,
             serial,
         })
@@ -230,6 +250,51 @@ impl Chipset {
             .unwrap_or_else(PoisonError::into_inner)
             .unplug(bdf.segment, bdf.slot);
         self.notify(GedEvent::Pci)
+    }
+
+    /// Tells the guest that `vcpus` came.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn vcpus_plugged(&self, vcpus: Range<u32>) -> std::io::Result<()> {
+        let mut controller = self.cpu_hotplug.lock().unwrap_or_else(PoisonError::into_inner);
+        for index in vcpus {
+            controller.plugged(index);
+        }
+        drop(controller);
+        self.notify(GedEvent::Cpu)
+    }
+
+    /// Asks the guest to let go of `vcpus`; it answers by ejections.
+    ///
+    /// # Errors
+    /// When the interrupt cannot be raised.
+    pub fn vcpus_unplug(&self, vcpus: Range<u32>) -> std::io::Result<()> {
+        let mut controller = self.cpu_hotplug.lock().unwrap_or_else(PoisonError::into_inner);
+        for index in vcpus {
+            controller.unplug(index);
+        }
+        drop(controller);
+        self.notify(GedEvent::Cpu)
+    }
+
+    /// Tells the guest that memory came to `[start, start + len)`. An interrupt that cannot be raised is no error: the
+    /// guest sees the memory with the next one.
+    ///
+    /// # Errors
+    /// When there is no slot for it.
+    pub fn memory_plugged(&self, start: u64, len: u64) -> Result<(), MemoryHotplugError> {
+        let controller = self
+            .memory_hotplug
+            .as_ref()
+            .ok_or(MemoryHotplugError::Full { slots: 0 })?;
+        let mut controller = controller.lock().unwrap_or_else(PoisonError::into_inner);
+        controller.add(start, len)?;
+        drop(controller);
+        if let Err(error) = self.notify(GedEvent::Memory) {
+            tracing::warn!(%error, "the guest cannot be told of its memory now");
+        }
+        Ok(())
     }
 
     fn notify(&self, event: GedEvent) -> std::io::Result<()> {

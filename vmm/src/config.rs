@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use podvisor_api::types::{Isolation, PodConfig, VmConfig};
+use podvisor_api::types::{HotplugMethod, Isolation, PodConfig, VmConfig};
 use podvisor_api::{ConfigError, Stage};
 use podvisor_firmware::layout;
 use podvisor_firmware::memory_map::ram_ranges;
@@ -103,6 +103,15 @@ impl PodPlan {
         if let Some(pod) = config.pod.clone() {
             size(&mut config, &pod)?;
         }
+        Self::changed(config, expect_digest)
+    }
+
+    /// As [`PodPlan::new`], for the configuration of a pod that there is already: its sizes are what they have become,
+    /// whatever its limits once made of them.
+    ///
+    /// # Errors
+    /// [`PlanError`].
+    pub fn changed(mut config: VmConfig, expect_digest: Option<[u8; 48]>) -> Result<Self, PlanError> {
         config.validate(Stage::Create)?;
         unsupported(&config)?;
         memory_fits(&config)?;
@@ -173,6 +182,15 @@ impl PodPlan {
             || config.net().iter().any(|net| net.vhost_user)
             || boot.is_some_and(|boot| large(&boot.image) || boot.initramfs.as_ref().is_some_and(large))
     }
+
+    /// The most vCPUs that the pod can come to have. The launch of a confidential pod measures how many it has.
+    #[must_use]
+    pub fn max_vcpus(&self) -> u32 {
+        match self.isolation {
+            Isolation::None => self.config.cpus.max_vcpus.max(self.vcpus),
+            Isolation::Snp | Isolation::SnpEmulated => self.vcpus,
+        }
+    }
 }
 
 /// Fills in memory and vCPUs from the pod's limits.
@@ -217,6 +235,15 @@ fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
 fn memory_fits(config: &VmConfig) -> Result<(), PlanError> {
     let limit = layout::device_area(config.cpus.max_phys_bits).mmio_start;
     ram_ranges(config.memory.size, limit).map_err(|e| field("memory.size", e.to_string()))?;
+    let memory = &config.memory;
+    if let Some(size @ 1..) = memory.hotplugged_size
+        && memory.hotplug_method != HotplugMethod::VirtioMem
+    {
+        return Err(field(
+            "memory.hotplugged_size",
+            format!("{size} bytes need memory.hotplug_method VirtioMem; through ACPI a pod boots with memory.size"),
+        ));
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! A pod's machine, built when it boots and dropped when it stops: the VM, its memory and vCPUs, the chipset and the
 //! devices that the configuration asks for. A machine that cannot be built leaves nothing behind.
 
+mod resize;
 mod saved;
 
 use std::error::Error;
@@ -26,6 +27,8 @@ use podvisor_firmware::machine::MachineDescription;
 use podvisor_firmware::memory_map::memory_map;
 use podvisor_firmware::plan::{LaunchPlan, Platform};
 
+use self::resize::{Growth, Room};
+pub use self::resize::{ResizeError, Sizes};
 pub use self::saved::MachineState;
 use crate::chipset::Chipset;
 use crate::config::{Boot, Descriptors, PodPlan};
@@ -34,6 +37,7 @@ use crate::device_memory::{DeviceMemory, Mapper};
 use crate::isolation::Confidential;
 use crate::kvm::{self, KvmHypervisor};
 use crate::launch_plain;
+use crate::memory::hotplug::Filling;
 use crate::memory::{GuestRam, ProcessorGate};
 use crate::registry::{self, Means, Wanted};
 use crate::telling::Telling;
@@ -120,6 +124,7 @@ pub struct Machine {
     plug: Plug,
     chipset: Chipset,
     confidential: Option<Confidential>,
+    growth: Growth,
     timings: BootTimings,
     ram: GuestRam,
 }
@@ -133,6 +138,7 @@ struct Plug {
     hypervisor: Arc<KvmHypervisor>,
     mapper: Mapper,
     confidential: bool,
+    room: Option<Room>,
 }
 
 impl Machine {
@@ -146,8 +152,7 @@ impl Machine {
             BootError::new("the pod has nothing to boot: give payload.igvm or payload.kernel in vm.create")
         })?;
         let kvm = open_kvm()?;
-        let cpuid = CpuidTemplate::new(&kvm, plan.vcpus, plan.topology, plan.config.cpus.max_phys_bits)
-            .during("KVM_GET_SUPPORTED_CPUID")?;
+        let cpuid = cpuid_template(&kvm, plan)?;
         let image = Image::open(&boot.image).during(format!("{} {}", boot.field, boot.image.display()))?;
         let initrd = boot.initramfs.as_ref().map(Image::open).transpose();
         let initrd = initrd.during("payload.initramfs")?;
@@ -198,6 +203,7 @@ impl Machine {
             plug,
             chipset,
             confidential,
+            growth: Growth::new(plan, cpuid, telling),
             timings,
             ram,
         };
@@ -317,12 +323,6 @@ impl Machine {
     pub fn timings(&self) -> BootTimings {
         self.timings
     }
-
-    /// Bytes of RAM.
-    #[must_use]
-    pub fn memory(&self) -> u64 {
-        self.ram.size()
-    }
 }
 
 /// Opens /dev/kvm.
@@ -363,11 +363,13 @@ impl Image {
 fn acpi_machine(plan: &PodPlan, phys_bits: u8) -> AcpiMachine {
     AcpiMachine {
         vcpus: plan.vcpus,
-        // Nothing can be plugged yet: what the guest is told is what there is.
-        max_vcpus: plan.vcpus,
+        max_vcpus: plan.max_vcpus(),
         segments: plan.segments,
-        // No memory can be plugged: the guest is not told of a controller.
-        memory_slots: 0,
+        // Where no memory can be plugged, the guest is not told of a controller.
+        memory_slots: match resize::filling(plan) {
+            Some(Filling::ByPiece) => layout::MEMORY_SLOTS,
+            Some(Filling::ByGuest) | None => 0,
+        },
         phys_bits,
         serial: plan.config.serial.mode != podvisor_api::types::ConsoleMode::Off,
     }
@@ -377,7 +379,7 @@ fn describe(plan: &PodPlan, boot: &Boot, acpi: &AcpiMachine) -> Result<MachineDe
     let limit = acpi.device_area().mmio_start;
     Ok(MachineDescription {
         vcpus: plan.vcpus,
-        max_vcpus: plan.vcpus,
+        max_vcpus: plan.max_vcpus(),
         memory: memory_map(plan.memory, limit).during("memory.size")?,
         mmio: acpi.windows(0),
         command_line: boot.cmdline.clone(),
@@ -461,19 +463,24 @@ fn create_plain_vm(host: &Kvm, ram: &GuestRam) -> Result<Arc<VmFd>, BootError> {
     create_vm(host, ram, None, &LaunchPlan::new(Platform::Native))
 }
 
+/// What KVM offers a vCPU of `plan`, whose guest is told of as many as there can come to be.
+fn cpuid_template(kvm: &Kvm, plan: &PodPlan) -> Result<CpuidTemplate, BootError> {
+    CpuidTemplate::new(kvm, plan.max_vcpus(), plan.topology, plan.config.cpus.max_phys_bits)
+        .during("KVM_GET_SUPPORTED_CPUID")
+}
+
 fn create_vcpus(vm: &VmFd, count: u32, cpuid: &CpuidTemplate, telling: &Telling) -> Result<Vec<VcpuFd>, BootError> {
     (0..count)
-        .map(|index| {
-            let vcpu = vm
-                .create_vcpu(index.into())
-                .during(format!("KVM_CREATE_VCPU {index} (cpus.boot_vcpus {count})"))?;
-            let leaves = cpuid.for_vcpu(index).during("CPUID")?;
-            vcpu.set_cpuid2(&leaves)
-                .during(format!("KVM_SET_CPUID2 of vCPU {index}"))?;
-            telling.tell(Source::CpuManager, What::CreateVcpu, &[("id", &index.to_string())]);
-            Ok(vcpu)
-        })
+        .map(|index| create_vcpu(vm, index, cpuid, telling).during(format!("vCPU {index} (cpus.boot_vcpus {count})")))
         .collect()
+}
+
+fn create_vcpu(vm: &VmFd, index: u32, cpuid: &CpuidTemplate, telling: &Telling) -> Result<VcpuFd, BootError> {
+    let vcpu = vm.create_vcpu(index.into()).during("KVM_CREATE_VCPU")?;
+    let leaves = cpuid.for_vcpu(index).during("CPUID")?;
+    vcpu.set_cpuid2(&leaves).during("KVM_SET_CPUID2")?;
+    telling.tell(Source::CpuManager, What::CreateVcpu, &[("id", &index.to_string())]);
+    Ok(vcpu)
 }
 
 /// Builds the chipset and plugs the devices of the configuration.
@@ -489,16 +496,21 @@ fn add_devices(
     let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(vm)).told_to(telling));
     let chipset = Chipset::new(acpi, plan.memory, &plan.config.serial, &hypervisor, exit).during("devices")?;
     let gate = confidential.map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
+    let mut room = Room::new(plan, vm, acpi, ram)?;
+    let mem = room.as_mut().map(|room| room.device(plan)).transpose()?.flatten();
+    let area = room.as_ref().map(|room| room.area().pod_region());
     let plug = Plug {
-        memory: ram.pod_memory(gate).during("guest memory")?,
+        memory: ram.pod_memory(gate, area).during("guest memory")?,
         mapper: Mapper(DeviceMemory::new(Arc::clone(vm), acpi.file_area())),
         hypervisor,
         confidential: plan.isolation != Isolation::None,
+        room,
     };
     let mut subscribers: Subscribers = Vec::new();
     subscribers.extend(chipset.subscribers().into_iter().map(|s| (None, s)));
     let mut devices = Vec::new();
-    for mut wanted in registry::devices(&plan.config, &plug.means(&plan.descriptors)).during("devices")? {
+    let configured = registry::devices(&plan.config, &plug.means(&plan.descriptors)).during("devices")?;
+    for mut wanted in configured.into_iter().chain(mem) {
         wanted.slot = plan.slots.get(&wanted.id).copied().or(wanted.slot);
         let (device, subscriber) = plug.put(&chipset, wanted)?;
         subscribers.push((Some(device.bdf), subscriber));

@@ -2,6 +2,8 @@
 //! KVM and the devices get. Nothing is touched before the guest or the launch touches it.
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes addresses")]
 
+pub mod hotplug;
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -96,8 +98,8 @@ impl GuestRam {
     pub fn new(size: u64, options: &RamOptions) -> Result<Self, RamError> {
         let mut regions = Vec::new();
         for (gpa, len) in ram_ranges(size) {
-            let region = map(gpa, len, options).map_err(|source| RamError::Map { gpa, len, source })?;
-            advise(&region, options)?;
+            let region = map(gpa, len, options, READ_WRITE).map_err(|source| RamError::Map { gpa, len, source })?;
+            advise(host_address(&region), len, gpa, options)?;
             regions.push(Arc::new(region));
         }
         Ok(Self { regions })
@@ -118,7 +120,7 @@ impl GuestRam {
             }
             let file = file.try_clone().map_err(fail)?;
             let region = map_private(gpa, len, FileOffset::new(file, offset)).map_err(fail)?;
-            advise(&region, options)?;
+            advise(host_address(&region), len, gpa, options)?;
             regions.push(Arc::new(region));
             offset += len;
         }
@@ -174,16 +176,17 @@ impl GuestRam {
         GuestRegionCollection::from_arc_regions(self.regions.clone()).map_err(io::Error::other)
     }
 
-    /// RAM as the devices may use it: all of it, or what `gate` says is shared.
+    /// RAM as the devices may use it: all of it, or what `gate` says is shared, and `more` behind it.
     ///
     /// # Errors
     /// Never for the ranges of [`ram_ranges`], which do not overlap.
-    pub fn pod_memory(&self, gate: Option<Arc<dyn SharedPages>>) -> io::Result<Arc<PodMemory>> {
-        let regions = self
-            .regions
-            .iter()
-            .map(|r| PodRegion::new(Arc::clone(r), gate.clone()))
-            .collect();
+    pub fn pod_memory(
+        &self,
+        gate: Option<Arc<dyn SharedPages>>,
+        more: Option<PodRegion>,
+    ) -> io::Result<Arc<PodMemory>> {
+        let ram = self.regions.iter().map(|r| PodRegion::new(Arc::clone(r), gate.clone()));
+        let regions = ram.chain(more).collect();
         Ok(Arc::new(PodMemory::from_regions(regions).map_err(io::Error::other)?))
     }
 }
@@ -214,9 +217,11 @@ fn map_private(gpa: u64, len: u64, file: FileOffset) -> io::Result<GuestRegionMm
     GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
-fn map(gpa: u64, len: u64, options: &RamOptions) -> io::Result<GuestRegionMmap> {
+const READ_WRITE: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+
+fn map(gpa: u64, len: u64, options: &RamOptions, access: libc::c_int) -> io::Result<GuestRegionMmap> {
     let size = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
-    let mut builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let mut builder = MmapRegionBuilder::new(size).with_mmap_prot(access);
     if options.shared || options.hugepages {
         let file = sys::memfd(c"podvisor-ram", options.hugepages)?;
         file.set_len(len)?;
@@ -236,8 +241,8 @@ fn map(gpa: u64, len: u64, options: &RamOptions) -> io::Result<GuestRegionMmap> 
 /// zeroing for each touched. Linux loads itself at 16 MiB.
 const HUGE_PAGES_FROM: u64 = 16 << 20;
 
-fn advise(region: &GuestRegionMmap, options: &RamOptions) -> Result<(), RamError> {
-    let (address, len, gpa) = (host_address(region), region.len(), region.start_addr().0);
+/// Advises the host of the `len` bytes at `address`, which are the guest's at `gpa`.
+fn advise(address: u64, len: u64, gpa: u64, options: &RamOptions) -> Result<(), RamError> {
     if options.secret {
         // Best effort: a kernel without it also has no cores of shared mappings by default.
         let _ = sys::advise(address, len, MemoryAdvice::DontDump);
@@ -304,7 +309,7 @@ mod tests {
             .unwrap();
             let launch = ram.launch_memory().unwrap();
             launch.write_obj(0x1234_5678u32, GuestAddress(0x20_0000)).unwrap();
-            let pod = ram.pod_memory(None).unwrap();
+            let pod = ram.pod_memory(None, None).unwrap();
             assert_eq!(pod.read_obj::<u32>(GuestAddress(0x20_0000)).unwrap(), 0x1234_5678);
             assert!(pod.read_obj::<u32>(GuestAddress((4 << 20) - 2)).is_err());
             assert_eq!(pod.num_regions(), 1);
@@ -329,7 +334,7 @@ mod tests {
     #[test]
     fn devices_reach_shared_pages_only() {
         let ram = GuestRam::new(1 << 20, &RamOptions::default()).unwrap();
-        let pod = ram.pod_memory(Some(Arc::new(Only(0x4000)))).unwrap();
+        let pod = ram.pod_memory(Some(Arc::new(Only(0x4000))), None).unwrap();
         assert!(pod.write_obj(1u64, GuestAddress(0x4000)).is_ok());
         assert!(pod.write_obj(1u64, GuestAddress(0x5000)).is_err());
         assert!(pod.write_obj(1u64, GuestAddress(0x4FFC)).is_err());

@@ -1,6 +1,8 @@
 //! The one pod that a monitor holds, from vm.create to vm.delete: its configuration, its machine while it runs, and the
 //! order in which the two may change. A refused step changes nothing.
 
+mod resize;
+
 use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -8,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use podvisor_api::events::{Source, What};
-use podvisor_api::types::{Isolation, PciDeviceInfo, RestoreConfig, VmConfig, VmInfo, VmResize, VmState};
+use podvisor_api::types::{Isolation, PciDeviceInfo, RestoreConfig, VmConfig, VmInfo, VmState};
 use podvisor_devices::pci::Bdf;
 use serde_json::{Map, Value, json};
 
 use crate::config::{PlanError, PodPlan};
 use crate::hex;
-use crate::machine::{BootError, BootTimings, Machine};
+use crate::machine::{BootError, BootTimings, Machine, ResizeError};
 use crate::registry::{self, AddedNet, Addition, RegistryError};
 use crate::snapshot::{self, SnapshotError};
 use crate::telling::Telling;
@@ -59,6 +61,9 @@ pub enum PodError {
     /// What was asked for does not exist here.
     #[error("{0}")]
     Unsupported(String),
+    /// It cannot have these sizes.
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
     /// It cannot be saved or restored.
     #[error(transparent)]
     Unsaved(BootError),
@@ -300,7 +305,7 @@ impl PodSlot {
             )));
         }
         let saved = snapshot::read(&snapshot::directory("source_url", &wanted.source_url)?)?;
-        let mut plan = PodPlan::new(saved.config, self.expect_digest)?;
+        let mut plan = PodPlan::changed(saved.config, self.expect_digest)?;
         plan.slots = saved.state.slots();
         if plan.isolation != Isolation::None {
             return Err(PodError::Unsaved(BootError::new(
@@ -360,7 +365,7 @@ impl PodSlot {
         }
         let mut config = pod.plan.config.clone();
         addition.put(&mut config).map_err(PodError::Conflict)?;
-        let mut plan = PodPlan::new(config, self.expect_digest)?;
+        let mut plan = PodPlan::changed(config, self.expect_digest)?;
         plan.descriptors = pod.plan.descriptors.clone();
         plan.descriptors.extend(addition.descriptors(&plan.config));
         let info = match &mut pod.running {
@@ -396,7 +401,7 @@ impl PodSlot {
         let configured = registry::take_out(&mut config, id);
         // Made before the guest is told: what cannot be planned without the device is refused while nothing has changed.
         let plan = configured
-            .then(|| PodPlan::new(config, self.expect_digest))
+            .then(|| PodPlan::changed(config, self.expect_digest))
             .transpose()?;
         let plugged = match &mut pod.running {
             Some(running) => running
@@ -416,8 +421,9 @@ impl PodSlot {
         Ok(())
     }
 
-    /// Takes out the devices that the guest has let go of.
+    /// Takes out the devices and vCPUs that the guest has let go of.
     pub fn ejected(&mut self, events: &mut Events) {
+        self.vcpus_ejected();
         for (segment, slot) in self.exit.take_ejected() {
             let Some(running) = self.pod.as_mut().and_then(|pod| pod.running.as_mut()) else {
                 continue;
@@ -437,28 +443,6 @@ impl PodSlot {
             self.telling
                 .tell(Source::Vm, What::DeviceRemoved, &[("id", &name), ("bdf", &bdf)]);
         }
-    }
-
-    /// Changes vCPUs and memory, as far as that is nothing: this version plugs neither.
-    ///
-    /// # Errors
-    /// When there is no pod, or the sizes are not those it has.
-    pub fn resize(&mut self, wanted: &VmResize) -> Result<(), PodError> {
-        let plan = &self.pod.as_ref().ok_or(PodError::NotCreated)?.plan;
-        let same = |wanted: Option<u64>, have: u64| wanted.is_none_or(|wanted| wanted == have);
-        if same(wanted.desired_vcpus.map(u64::from), plan.vcpus.into())
-            && same(wanted.desired_ram, plan.memory)
-            && wanted.desired_balloon.is_none()
-        {
-            return Ok(());
-        }
-        Err(PodError::Unsupported(format!(
-            "vm.resize: the pod has {} vCPUs and {} bytes of memory, and podvisor {} cannot change them while it runs: size it \
-             in vm.create",
-            plan.vcpus,
-            plan.memory,
-            env!("CARGO_PKG_VERSION")
-        )))
     }
 
     /// The counters of its devices.
@@ -484,7 +468,7 @@ impl PodSlot {
         Ok(VmInfo {
             config: pod.plan.config.clone(),
             state,
-            memory_actual_size: pod.plan.memory,
+            memory_actual_size: machine.map_or(pod.plan.memory, Machine::memory),
             podvisor: self.extras(pod, machine),
         })
     }
@@ -497,7 +481,7 @@ impl PodSlot {
         put("isolation", json!(isolation_name(pod.plan.isolation)));
         put("emulated", json!(pod.plan.isolation == Isolation::SnpEmulated));
         put("vcpus", json!(pod.plan.vcpus));
-        put("memory_bytes", json!(pod.plan.memory));
+        put("memory_bytes", json!(machine.map_or(pod.plan.memory, Machine::memory)));
         if let Some(sized) = &pod.plan.config.pod {
             put(
                 "sizing",
@@ -567,6 +551,7 @@ fn stop(running: Running, events: &mut Events, exit: &ExitSignal) {
     drop(machine);
     // What the guest asked for while it was being stopped is answered by that.
     drop(exit.take_ejected());
+    drop(exit.take_ejected_vcpus());
     if let Some(reason) = exit.take() {
         tracing::debug!(?reason, "the guest ended while it was being stopped");
     }
@@ -592,6 +577,7 @@ impl PodError {
         match self {
             Self::NotCreated | Self::NoDevice(_) => 404,
             Self::Unsupported(_) => 501,
+            Self::Resize(error) => error.status(),
             Self::Config(PlanError::Config(error)) if error.conflict => 409,
             Self::Config(_) | Self::Refused(_) => 400,
             // What Cloud Hypervisor's description has for a VM that is not booted.

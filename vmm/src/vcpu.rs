@@ -3,15 +3,16 @@
 //! a reason told to the control loop; it never panics.
 
 mod kick;
+mod plug;
 mod run_page;
 pub mod state;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use podvisor_snp::processor::{MsrOutcome, Processor};
@@ -56,6 +57,8 @@ pub struct ExitSignal {
     reason: Mutex<Option<PodExit>>,
     /// Segment and slot; a set, so that a guest cannot grow it beyond the slots there are.
     ejected: Mutex<BTreeSet<(u16, u8)>>,
+    /// vCPUs; as few as there are.
+    ejected_vcpus: Mutex<BTreeSet<u32>>,
     /// A reason was given and not taken yet.
     given: AtomicBool,
     fd: EventFd,
@@ -70,6 +73,7 @@ impl ExitSignal {
         Ok(Self {
             reason: Mutex::new(None),
             ejected: Mutex::default(),
+            ejected_vcpus: Mutex::default(),
             given: AtomicBool::new(false),
             fd: EventFd::new(EFD_NONBLOCK)?,
         })
@@ -93,6 +97,18 @@ impl ExitSignal {
     /// Takes the slots that the guest let go of.
     pub fn take_ejected(&self) -> BTreeSet<(u16, u8)> {
         std::mem::take(&mut *lock(&self.ejected))
+    }
+
+    /// The guest let go of vCPU `index`.
+    pub fn eject_vcpu(&self, index: u32) {
+        lock(&self.ejected_vcpus).insert(index);
+        // A full counter is a signal already.
+        let _ = self.fd.write(1);
+    }
+
+    /// Takes the vCPUs that the guest let go of.
+    pub fn take_ejected_vcpus(&self) -> BTreeSet<u32> {
+        std::mem::take(&mut *lock(&self.ejected_vcpus))
     }
 
     /// Takes the reason, if one was given.
@@ -148,17 +164,26 @@ pub struct VcpuContext {
     pub exit: Arc<ExitSignal>,
 }
 
-/// The running vCPUs of a pod; dropping them stops them.
+/// The vCPUs of a pod, each with a thread of its own while it is plugged; dropping them stops them.
 pub struct Vcpus {
     control: Arc<Control>,
-    threads: Vec<JoinHandle<()>>,
-    /// The descriptors that the threads own until they are joined.
-    handles: Vec<RawFd>,
+    context: VcpuContext,
+    /// In the order of their indices.
+    threads: Vec<VcpuThread>,
+    /// vCPUs that were plugged and are not now: KVM keeps them for the life of the VM.
+    parked: BTreeMap<u32, VcpuFd>,
     paused: bool,
 }
 
-/// Small: the loop is shallow, and a pod may have many vCPUs.
-const STACK: usize = 256 << 10;
+struct VcpuThread {
+    index: u32,
+    /// Gives the vCPU back.
+    thread: JoinHandle<Option<VcpuFd>>,
+    /// The descriptor that the thread owns until it is joined.
+    handle: RawFd,
+    /// This one is to end.
+    retire: Arc<AtomicBool>,
+}
 
 impl Vcpus {
     /// Starts a thread for each of `fds`. Returns when all of them exist under their names and are about to run.
@@ -186,22 +211,13 @@ impl Vcpus {
         });
         let mut vcpus = Self {
             control,
+            context: context.clone(),
             threads: Vec::with_capacity(fds.len()),
-            handles: fds.iter().map(AsRawFd::as_raw_fd).collect(),
+            parked: BTreeMap::new(),
             paused: true,
         };
         for (index, fd) in (0u32..).zip(fds) {
-            let control = Arc::clone(&vcpus.control);
-            let vcpu = Vcpu {
-                index,
-                fd,
-                context: context.clone(),
-            };
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(STACK)
-                .spawn(move || vcpu.run(&control))?;
-            vcpus.threads.push(thread);
+            vcpus.spawn(index, fd, None)?;
         }
         vcpus.wait_parked();
         Ok(vcpus)
@@ -215,8 +231,8 @@ impl Vcpus {
         if !self.paused {
             return Err(StateError::Busy);
         }
-        let read = |&fd: &RawFd| VcpuState::read(&mut state::second_handle(vm, fd)?, msrs);
-        self.handles.iter().map(read).collect()
+        let read = |vcpu: &VcpuThread| VcpuState::read(&mut state::second_handle(vm, vcpu.handle)?, msrs);
+        self.threads.iter().map(read).collect()
     }
 
     /// Sends each vCPU of `vm` an NMI. The guest stands meanwhile: KVM takes a vCPU's calls only while it does not run.
@@ -226,11 +242,11 @@ impl Vcpus {
     pub fn nmi(&mut self, vm: &VmFd) -> io::Result<()> {
         let ran = !self.paused;
         self.pause();
-        let send = |&fd: &RawFd| {
-            let vcpu = state::second_handle(vm, fd).map_err(io::Error::other)?;
+        let send = |vcpu: &VcpuThread| {
+            let vcpu = state::second_handle(vm, vcpu.handle).map_err(io::Error::other)?;
             vcpu.nmi().map_err(|e| io::Error::from_raw_os_error(e.errno()))
         };
-        let sent = self.handles.iter().try_for_each(send);
+        let sent = self.threads.iter().try_for_each(send);
         if ran {
             self.resume();
         }
@@ -264,8 +280,8 @@ impl Vcpus {
         self.control.changed.notify_all();
         // A parked thread is no guest's: it sees the new wish before it runs again.
         if wish != Wish::Run && *lock(&self.control.parked) < self.threads.len() {
-            for thread in &self.threads {
-                kick::kick(thread);
+            for vcpu in &self.threads {
+                kick::kick(&vcpu.thread);
             }
         }
     }
@@ -285,9 +301,9 @@ impl Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         self.want(Wish::Stop);
-        for thread in self.threads.drain(..) {
+        for vcpu in self.threads.drain(..) {
             // A panicking thread has been reported by its own message.
-            let _ = thread.join();
+            let _ = vcpu.thread.join();
         }
     }
 }
@@ -300,15 +316,18 @@ impl Control {
         self.parked_changed.notify_all();
     }
 
-    /// Waits while the wish is to pause. False: stop.
-    fn may_run(&self) -> bool {
+    /// Waits while the wish is to pause. False: the thread is to end, because all are or because of `retire`.
+    fn may_run(&self, retire: &AtomicBool) -> bool {
+        if retire.load(Ordering::SeqCst) {
+            return false;
+        }
         if !self.interrupt.load(Ordering::SeqCst) {
             return true;
         }
         let mut wish = lock(&self.wish);
         if *wish == Wish::Pause {
             self.park(1);
-            while *wish == Wish::Pause {
+            while *wish == Wish::Pause && !retire.load(Ordering::SeqCst) {
                 wish = self.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
             }
             self.park(-1);
@@ -317,12 +336,13 @@ impl Control {
     }
 
     /// The thread is done with its guest but not told to end: it counts as parked until then.
-    fn wait_for_stop(&self) {
+    fn wait_for_stop(&self, retire: &AtomicBool) {
         self.park(1);
         let mut wish = lock(&self.wish);
-        while *wish != Wish::Stop {
+        while *wish != Wish::Stop && !retire.load(Ordering::SeqCst) {
             wish = self.changed.wait(wish).unwrap_or_else(PoisonError::into_inner);
         }
+        self.park(-1);
     }
 }
 
@@ -343,30 +363,33 @@ enum Next {
 }
 
 impl Vcpu {
-    fn run(mut self, control: &Control) {
+    /// Runs the guest until the thread is to end; gives the vCPU back.
+    fn run(mut self, control: &Control, retire: &AtomicBool) -> VcpuFd {
         if let Err(error) = seccomp::enter_vcpu() {
             let reason = format!("vCPU {}: {error}", self.index);
             self.context.exit.give(PodExit::Failed(reason));
-            return control.wait_for_stop();
+            control.wait_for_stop(retire);
+            return self.fd;
         }
         let kickable = kick::Kickable::new(&mut self.fd);
-        while control.may_run() {
+        while control.may_run(retire) {
             match self.step() {
                 Next::Go => {}
                 Next::Interrupted => self.fd.set_kvm_immediate_exit(0),
                 Next::End(reason) => {
                     tracing::debug!(vcpu = self.index, ?reason, "the guest ended");
                     self.context.exit.give(reason);
-                    control.wait_for_stop();
+                    control.wait_for_stop(retire);
                     break;
                 }
                 Next::Ended => {
-                    control.wait_for_stop();
+                    control.wait_for_stop(retire);
                     break;
                 }
             }
         }
         drop(kickable);
+        self.fd
     }
 
     fn step(&mut self) -> Next {

@@ -12,9 +12,8 @@ use podvisor_devices::virtio::state::TransportState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{BootError, BootTimings, Chipset, DeviceInfo, During, Machine, Subscribers};
+use super::{BootError, BootTimings, Chipset, DeviceInfo, During, Growth, Machine, Subscribers};
 use crate::config::PodPlan;
-use crate::cpuid::CpuidTemplate;
 use crate::memory::GuestRam;
 use crate::telling::Telling;
 use crate::vcpu::state::VcpuState;
@@ -148,6 +147,7 @@ impl Machine {
         if !self.paused() {
             return Err(BootError::new("the pod runs: send vm.pause first"));
         }
+        self.may_be_saved()?;
         // Before the vCPUs: coming to rest, a device may interrupt them.
         let devices = self.devices.iter().map(DeviceInfo::save).collect::<Result<_, _>>()?;
         let vm = self.plug.hypervisor.vm();
@@ -191,8 +191,7 @@ impl Machine {
             )));
         }
         let kvm = super::open_kvm()?;
-        let cpuid = CpuidTemplate::new(&kvm, plan.vcpus, plan.topology, plan.config.cpus.max_phys_bits)
-            .during("KVM_GET_SUPPORTED_CPUID")?;
+        let cpuid = super::cpuid_template(&kvm, plan)?;
         let acpi = super::acpi_machine(plan, cpuid.phys_bits());
         let ram = GuestRam::from_file(plan.memory, &plan.ram, memory).during("guest memory")?;
         let vm = super::create_plain_vm(&kvm, &ram)?;
@@ -239,6 +238,7 @@ impl Machine {
             chipset,
             plug,
             confidential: None,
+            growth: Growth::new(plan, cpuid, telling),
             timings,
             ram,
         };

@@ -57,7 +57,7 @@ impl Drop for Kickable {
 }
 
 /// Makes `thread` leave KVM_RUN, or not enter it.
-pub(crate) fn kick(thread: &JoinHandle<()>) {
+pub(crate) fn kick<T>(thread: &JoinHandle<T>) {
     // A thread that has ended needs no kick.
     let _ = thread.kill(SIGRTMIN());
 }

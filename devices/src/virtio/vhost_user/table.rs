@@ -54,20 +54,61 @@ impl Region {
     }
 }
 
-/// The regions of `memory`.
+/// The regions of `memory`: those parts of it that may be lent.
 ///
 /// # Errors
 /// When one of them is not a file that another process can map and see the same.
 pub(super) fn regions(memory: &PodMemory) -> Result<Vec<Region>, VhostUserError> {
-    let region = |region: &crate::memory::PodRegion| {
-        let gpa = region.start_addr().0;
-        let file = region.shared_file().ok_or(VhostUserError::PrivateMemory { gpa })?;
-        Ok(Region {
+    let mut all = Vec::new();
+    for region in memory.iter() {
+        let start = region.start_addr().0;
+        let file = region
+            .shared_file()
+            .ok_or(VhostUserError::PrivateMemory { gpa: start })?;
+        all.extend(region.lendable().into_iter().map(|(gpa, len)| Region {
             gpa,
-            len: region.len(),
-            offset: file.start(),
+            len,
+            offset: file.start().saturating_add(gpa.saturating_sub(start)),
             file: Arc::clone(file.arc()),
-        })
-    };
-    memory.iter().map(region).collect()
+        }));
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+    use super::*;
+    use crate::memory::{PodRegion, SharedPages};
+
+    struct Parts(Vec<(u64, u64)>);
+
+    impl SharedPages for Parts {
+        fn is_shared(&self, _: u64, _: u64) -> bool {
+            false
+        }
+
+        fn lendable(&self) -> Option<Vec<(u64, u64)>> {
+            Some(self.0.clone())
+        }
+    }
+
+    #[test]
+    fn parts_of_a_region_are_told_with_their_place_in_the_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x9000).unwrap();
+        let map = GuestRegionMmap::from_range(GuestAddress(0x10_0000), 0x8000, Some(FileOffset::new(file, 0x1000)));
+        let map = Arc::new(map.unwrap());
+        let told = |parts: Vec<(u64, u64)>| {
+            let region = PodRegion::new(Arc::clone(&map), Some(Arc::new(Parts(parts))));
+            let all = regions(&PodMemory::from_regions(vec![region]).unwrap()).unwrap();
+            all.iter().map(|r| (r.gpa, r.len, r.offset)).collect::<Vec<_>>()
+        };
+        assert!(told(Vec::new()).is_empty());
+        let parts = vec![(0x10_0000, 0x1000), (0x10_4000, 0x2000)];
+        assert_eq!(told(parts), [(0x10_0000, 0x1000, 0x1000), (0x10_4000, 0x2000, 0x5000)]);
+        let whole = PodMemory::from_regions(vec![PodRegion::new(Arc::clone(&map), None)]).unwrap();
+        assert_eq!(regions(&whole).unwrap().len(), 1);
+    }
 }

@@ -1,0 +1,83 @@
+//! `vm.resize`: which of the pod's sizes may change, one function a member of the request. All of them are looked at
+//! before the first changes.
+
+use podvisor_api::events::What;
+use podvisor_api::types::{HotplugMethod, VmResize};
+
+use super::{Pod, PodError, PodSlot};
+use crate::config::PodPlan;
+use crate::machine::Sizes;
+
+impl PodSlot {
+    /// Gives the pod the sizes that `wanted` names: at once to its configuration, and to the machine if it runs. What
+    /// the guest does about it, it does in its own time.
+    ///
+    /// # Errors
+    /// When there is no pod, or it cannot have one of the sizes; nothing has changed then.
+    pub fn resize(&mut self, wanted: &VmResize) -> Result<(), PodError> {
+        let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        may_resize_balloon(wanted)?;
+        let plan = resized(pod, wanted, self.expect_digest)?;
+        if let Some(running) = &mut pod.running {
+            self.telling.vm(What::Resizing);
+            running.machine.resize(sizes(wanted))?;
+            self.telling.vm(What::Resized);
+        }
+        pod.plan = plan;
+        tracing::info!(vcpus = pod.plan.vcpus, memory_bytes = pod.plan.memory, "pod resized");
+        Ok(())
+    }
+
+    /// Parks the vCPUs that the guest has let go of.
+    pub(super) fn vcpus_ejected(&mut self) {
+        for index in self.exit.take_ejected_vcpus() {
+            let running = self.pod.as_mut().and_then(|pod| pod.running.as_mut());
+            if running.is_some_and(|running| running.machine.vcpu_ejected(index)) {
+                tracing::info!(index, "vCPU removed");
+            } else {
+                tracing::debug!(index, "the guest ejects a vCPU that it was not asked to");
+            }
+        }
+    }
+}
+
+fn sizes(wanted: &VmResize) -> Sizes {
+    Sizes {
+        vcpus: wanted.desired_vcpus,
+        memory: wanted.desired_ram,
+    }
+}
+
+/// The pod's plan with the sizes of `wanted`, with which it also boots the next time.
+fn resized(pod: &Pod, wanted: &VmResize, expect_digest: Option<[u8; 48]>) -> Result<PodPlan, PodError> {
+    // What the machine says of sizes that it cannot have is told first.
+    if let Some(running) = &pod.running {
+        running.machine.may_resize(sizes(wanted))?;
+    }
+    let mut config = pod.plan.config.clone();
+    if let Some(vcpus) = wanted.desired_vcpus {
+        config.cpus.boot_vcpus = vcpus;
+    }
+    if let Some(desired) = wanted.desired_ram {
+        let memory = &mut config.memory;
+        // What a guest takes through virtio-mem it is asked to take again.
+        if pod.running.is_some() && memory.hotplug_method == HotplugMethod::VirtioMem {
+            memory.hotplugged_size = desired.checked_sub(memory.size).filter(|size| *size > 0);
+        } else {
+            (memory.size, memory.hotplugged_size) = (desired, None);
+        }
+    }
+    let mut plan = PodPlan::changed(config, expect_digest)?;
+    plan.descriptors = pod.plan.descriptors.clone();
+    plan.slots = pod.plan.slots.clone();
+    Ok(plan)
+}
+
+fn may_resize_balloon(wanted: &VmResize) -> Result<(), PodError> {
+    match wanted.desired_balloon {
+        None => Ok(()),
+        Some(desired) => Err(PodError::Unsupported(format!(
+            "desired_balloon {desired}: the pod has no balloon; leave it out"
+        ))),
+    }
+}
