@@ -161,7 +161,7 @@ impl Monitor {
     /// # Errors
     /// When it is refused.
     pub fn restore(&mut self, wanted: &RestoreConfig) -> Result<(), ControlError> {
-        self.pod.restore(wanted, &mut self.events)?;
+        self.pod.restore(wanted, Vec::new(), &mut self.events)?;
         Ok(())
     }
 

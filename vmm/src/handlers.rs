@@ -122,6 +122,7 @@ pub fn may_take_long(pod: &PodSlot, call: &Call<'_>) -> bool {
         EndpointId::VmShutdown | EndpointId::VmDelete => pod.stop_may_take_long(),
         EndpointId::VmResize => pod.resize_may_take_long(),
         EndpointId::VmSnapshot => true,
+        EndpointId::VmRestore => snapshot::reads_all(call.body),
         EndpointId::VmAddDisk | EndpointId::VmAddNet | EndpointId::VmAddFs => {
             let peer: Peer = serde_json::from_slice(call.body).unwrap_or_default();
             peer.vhost_user == Some(true) || (endpoint.id == EndpointId::VmAddFs && peer.socket.is_some())

@@ -136,6 +136,17 @@ impl GuestRam {
         all.read_slice(bytes, GuestAddress(gpa)).map_err(io::Error::other)
     }
 
+    /// Where this process has the page at `gpa`, if it is anonymous memory: no file is behind it.
+    #[must_use]
+    pub fn host_of(&self, gpa: u64) -> Option<u64> {
+        let region = self.regions.iter().find(|region| {
+            let offset = gpa.checked_sub(region.start_addr().0);
+            offset.is_some_and(|offset| offset < region.len())
+        })?;
+        let offset = gpa.checked_sub(region.start_addr().0)?;
+        region.file_offset().is_none().then(|| host_address(region) + offset)
+    }
+
     /// Bytes of RAM.
     #[must_use]
     pub fn size(&self) -> u64 {

@@ -2,6 +2,7 @@
 //! order in which the two may change. A refused step changes nothing.
 
 mod resize;
+mod saved;
 
 use std::error::Error;
 use std::os::fd::OwnedFd;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use podvisor_api::events::{Source, What};
-use podvisor_api::types::{Isolation, PciDeviceInfo, RestoreConfig, VmConfig, VmInfo, VmState};
+use podvisor_api::types::{Isolation, PciDeviceInfo, VmConfig, VmInfo, VmState};
 use podvisor_devices::pci::Bdf;
 use serde_json::{Map, Value, json};
 
@@ -18,7 +19,7 @@ use crate::config::{PlanError, PodPlan};
 use crate::hex;
 use crate::machine::{BootError, BootTimings, Machine, ResizeError};
 use crate::registry::{self, AddedNet, Addition, RegistryError};
-use crate::snapshot::{self, SnapshotError};
+use crate::snapshot::SnapshotError;
 use crate::telling::Telling;
 use crate::vcpu::ExitSignal;
 
@@ -273,61 +274,6 @@ impl PodSlot {
         machine.resume();
         telling.vm(What::Resumed);
         Ok(())
-    }
-
-    /// Writes a snapshot of the paused pod into directory `url`; the pod stays paused.
-    ///
-    /// # Errors
-    /// When it is not paused, is confidential, or has something that cannot be saved; nothing is written then.
-    pub fn snapshot(&mut self, url: &str) -> Result<(), PodError> {
-        let pod = self.pod.as_ref().ok_or(PodError::NotCreated)?;
-        let machine = &pod.running.as_ref().ok_or(PodError::NotRunning)?.machine;
-        let directory = snapshot::directory("destination_url", url)?;
-        let state = machine.save().map_err(PodError::Unsaved)?;
-        self.telling.vm(What::Snapshotting);
-        snapshot::write(&directory, &pod.plan.config, &state, machine.ram())?;
-        self.telling.vm(What::Snapshotted);
-        tracing::info!(directory = %directory.display(), "pod saved");
-        Ok(())
-    }
-
-    /// Makes the pod whose snapshot `wanted` names: paused, or running if that is asked for.
-    ///
-    /// # Errors
-    /// When there is a pod, or the snapshot cannot be restored; there is none then.
-    pub fn restore(&mut self, wanted: &RestoreConfig, events: &mut Events) -> Result<(), PodError> {
-        if self.pod.is_some() {
-            return Err(PodError::AlreadyCreated);
-        }
-        if wanted.prefault {
-            return Err(PodError::Unsaved(BootError::new(
-                "prefault: pages of a restored pod are read when they are touched; leave it out",
-            )));
-        }
-        let saved = snapshot::read(&snapshot::directory("source_url", &wanted.source_url)?)?;
-        let mut plan = PodPlan::changed(saved.config, self.expect_digest)?;
-        plan.slots = saved.state.slots();
-        if plan.isolation != Isolation::None {
-            return Err(PodError::Unsaved(BootError::new(
-                "config.json: a confidential pod has no snapshot that could be restored",
-            )));
-        }
-        self.telling.vm(What::Restoring);
-        let (machine, subscribers) = Machine::restore(&plan, &self.exit, &self.telling, saved.state, &saved.memory)
-            .map_err(PodError::Unsaved)?;
-        let subscribers = subscribers
-            .into_iter()
-            .map(|(place, s)| (place, events.add_subscriber(s)))
-            .collect();
-        let now = Some(self.start.elapsed());
-        (self.created_at, self.booted_at) = (now, now);
-        self.pod = Some(Pod {
-            plan,
-            timings: Some(machine.timings()),
-            running: Some(Running { machine, subscribers }),
-        });
-        self.telling.vm(What::Restored);
-        if wanted.resume { self.resume() } else { Ok(()) }
     }
 
     /// Presses its power button.

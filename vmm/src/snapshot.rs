@@ -179,20 +179,56 @@ fn write_memory(file: &File, ram: &GuestRam) -> io::Result<()> {
     file.set_len(ram.size())?;
     let mut offset = 0;
     let mut chunk = vec![0; CHUNK];
+    let mut touched = Touched::new();
     for (gpa, len) in crate::memory::ram_ranges(ram.size()) {
         let mut done = 0;
         while done < len {
             let n = usize::try_from(len - done).unwrap_or(CHUNK).min(CHUNK);
-            let part = chunk.get_mut(..n).unwrap_or_default();
-            ram.read(gpa + done, part)?;
-            if ZEROS.get(..n) != Some(&*part) {
-                file.write_all_at(part, offset + done)?;
+            if ram.host_of(gpa + done).is_none_or(|address| touched.any(address, n)) {
+                let part = chunk.get_mut(..n).unwrap_or_default();
+                ram.read(gpa + done, part)?;
+                if ZEROS.get(..n) != Some(&*part) {
+                    file.write_all_at(part, offset + done)?;
+                }
             }
             done += n as u64;
         }
         offset += len;
     }
     Ok(())
+}
+
+/// Which pages of this process have ever been touched: the others are zeros, and reading them would make the kernel map a
+/// page of zeros for each.
+struct Touched {
+    pagemap: Option<File>,
+    entries: Vec<u8>,
+}
+
+impl Touched {
+    fn new() -> Self {
+        Self {
+            pagemap: File::open("/proc/self/pagemap").ok(),
+            entries: Vec::new(),
+        }
+    }
+
+    /// Whether any page of `[address, address + len)`, anonymous memory, was; true when it cannot be told.
+    fn any(&mut self, address: u64, len: usize) -> bool {
+        // Linux Documentation/admin-guide/mm/pagemap.rst: 8 bytes a page; bit 63 present, bit 62 swapped.
+        const ENTRY: u64 = 8;
+        let pages = len.div_ceil(4096);
+        self.entries.resize(pages * 8, 0);
+        let read = self
+            .pagemap
+            .as_ref()
+            .map(|pagemap| pagemap.read_exact_at(&mut self.entries, address / 4096 * ENTRY));
+        if !matches!(read, Some(Ok(()))) {
+            return true;
+        }
+        let mut highest = self.entries.iter().skip(7).step_by(8);
+        highest.any(|byte| byte & 0xC0 != 0)
+    }
 }
 
 /// Opens a file for reading; a FIFO, which would hold the monitor up, is refused.

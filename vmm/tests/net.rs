@@ -30,10 +30,14 @@ fn tap(name: &str) -> Option<File> {
 }
 
 fn add(process: &Process, body: &Value, taps: &[&File]) -> (u16, Value) {
+    send(process, "vm.add-net", body, taps)
+}
+
+fn send(process: &Process, endpoint: &str, body: &Value, taps: &[&File]) -> (u16, Value) {
     let mut client = Client::connect(&process.socket).unwrap();
     let fds: Vec<_> = taps.iter().map(|tap| tap.as_raw_fd()).collect();
     let reply = client
-        .request_with_files("PUT", "vm.add-net", Some(body.to_string().as_bytes()), &fds)
+        .request_with_files("PUT", endpoint, Some(body.to_string().as_bytes()), &fds)
         .unwrap();
     (reply.status, serde_json::from_slice(&reply.body).unwrap_or(Value::Null))
 }
@@ -162,4 +166,57 @@ fn a_descriptor_that_is_no_tap_and_a_bad_mac_are_refused() {
         "{status} {said}"
     );
     assert!(process.info()["config"]["net"].as_array().is_none_or(Vec::is_empty));
+}
+
+#[test]
+fn a_restored_pod_is_given_its_descriptors_anew() {
+    if !kvm() {
+        return;
+    }
+    let name = |n: u32| format!("pvr{}x{n}", std::process::id() % 100_000);
+    let (Some(first), Some(second)) = (tap(&name(0)), tap(&name(1))) else {
+        println!("skipped: no TAP interface can be made here");
+        return;
+    };
+    let process = Process::start();
+    pvh_kernel(&process.path("kernel"), IDLE);
+    process.put(
+        "vm.create",
+        Some(&json!({"payload": {"kernel": process.path("kernel")}, "console": {"mode": "Off"}})),
+    );
+    process.put("vm.boot", None);
+    let (status, added) = add(&process, &go_body("52:54:00:00:00:02"), &[&first]);
+    assert_eq!(status, 200, "{added}");
+    let directory = process.path("snapshot");
+    std::fs::create_dir(&directory).unwrap();
+    let url = format!("file://{}", directory.display());
+    process.put("vm.pause", None);
+    process.put("vm.snapshot", Some(&json!({"destination_url": url})));
+    let devices = process.info()["podvisor"]["devices"].clone();
+
+    let other = Process::start();
+    let net = |count: usize| json!([{"id": "_net0", "num_fds": count, "fds": [-1]}]);
+    let cases = [
+        (json!({"source_url": url}), vec![], "_net0"),
+        (json!({"source_url": url, "net_fds": net(2)}), vec![&second], "num_fds"),
+        (json!({"source_url": url, "net_fds": net(0)}), vec![], "num_fds"),
+        (json!({"source_url": url}), vec![&second], "net_fds"),
+        (
+            json!({"source_url": url, "net_fds": [{"id": "eth0", "num_fds": 1}]}),
+            vec![&second],
+            "eth0",
+        ),
+    ];
+    for (body, taps, word) in cases {
+        let (status, said) = send(&other, "vm.restore", &body, &taps);
+        assert_eq!(status, 400, "{body}: {said}");
+        assert!(said.to_string().contains(word), "{body}: {said}");
+        assert_eq!(other.request("GET", "vm.info", None).0, 404);
+    }
+    // All memory at once, as an older client may ask.
+    let body = json!({"source_url": url, "net_fds": net(1), "memory_restore_mode": "Copy", "prefault": true});
+    assert_eq!(send(&other, "vm.restore", &body, &[&second]), (204, Value::Null));
+    assert_eq!(other.info()["podvisor"]["devices"], devices);
+    assert_eq!(other.info()["state"], "Paused");
+    other.put("vm.resume", None);
 }

@@ -27,8 +27,8 @@ pub use payload::PayloadConfig;
 pub use platform::{Isolation, PlatformConfig};
 pub use pod::{PodConfig, Quantity};
 pub use requests::{
-    PciDeviceInfo, RestoreConfig, VmRemoveDevice, VmResize, VmResizeDisk, VmResizeZone, VmSnapshotConfig,
-    VmmPingResponse,
+    MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNetConfig, VmRemoveDevice, VmResize, VmResizeDisk,
+    VmResizeZone, VmSnapshotConfig, VmmPingResponse,
 };
 pub use vm::{VmConfig, VmInfo, VmState};
 

@@ -86,12 +86,55 @@ pub struct VmSnapshotConfig {
 pub struct RestoreConfig {
     /// `file://` and a directory.
     pub source_url: String,
-    /// Read all memory before resuming.
+    /// Have a private copy of all memory before the answer.
     #[serde(default)]
     pub prefault: bool,
+    /// When memory is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_restore_mode: Option<MemoryRestoreMode>,
+    /// Descriptors for network devices, which come beside the request, in this order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_fds: Option<Vec<RestoredNetConfig>>,
     /// Resume at once.
     #[serde(default)]
     pub resume: bool,
+}
+
+impl RestoreConfig {
+    /// Whether all memory is copied before the answer.
+    #[must_use]
+    pub fn copies_memory(&self) -> bool {
+        self.prefault || self.memory_restore_mode == Some(MemoryRestoreMode::Copy)
+    }
+}
+
+/// When the memory of a restored VM is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub enum MemoryRestoreMode {
+    /// All of it before the answer.
+    #[serde(alias = "copy")]
+    Copy,
+    /// Page by page, when the guest touches it.
+    #[serde(alias = "ondemand")]
+    OnDemand,
+    /// The same: pages that the guest only reads stay those of the file.
+    #[serde(alias = "copyonwrite")]
+    CopyOnWrite,
+}
+
+/// The descriptors of one network device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct RestoredNetConfig {
+    /// Name of the device.
+    pub id: String,
+    /// How many of the descriptors are its own.
+    #[serde(default)]
+    pub num_fds: usize,
+    /// Numbers that mean nothing here: the descriptors come beside the request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<i64>>,
 }
 
 impl OptionForm for VmResize {}

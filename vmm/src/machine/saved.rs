@@ -30,6 +30,8 @@ pub struct MachineState {
     /// By guest address.
     mmio: BTreeMap<u64, Value>,
     devices: Vec<DeviceState>,
+    /// How many descriptors devices were given from outside, by their names.
+    pub descriptors: BTreeMap<String, usize>,
     /// Bytes of RAM.
     pub memory: u64,
 }
@@ -159,6 +161,7 @@ impl Machine {
             pio: save_bus(&self.chipset.buses.pio),
             mmio: save_bus(&self.chipset.buses.mmio),
             devices,
+            descriptors: BTreeMap::new(),
             memory: self.ram.size(),
         })
     }
@@ -196,7 +199,8 @@ impl Machine {
         let ram = GuestRam::from_file(plan.memory, &plan.ram, memory).during("guest memory")?;
         let vm = super::create_plain_vm(&kvm, &ram)?;
         let fds = super::create_vcpus(&vm, plan.vcpus, &cpuid, telling)?;
-        let (chipset, plug, devices, subscribers) = super::add_devices(plan, &vm, &acpi, &ram, None, exit, telling)?;
+        let (chipset, plug, mut devices, subscribers) =
+            super::add_devices(plan, &vm, &acpi, &ram, None, exit, telling)?;
         restore_bus(&chipset.buses.pio, "pio", state.pio)?;
         restore_bus(&chipset.buses.mmio, "mmio", state.mmio)?;
         vm.set_clock(&kvm_clock_data {
@@ -214,6 +218,7 @@ impl Machine {
                 state.devices.len()
             )));
         }
+        devices.sort_by_key(|device| state.devices.iter().position(|saved| saved.id == device.id));
         // After the vCPUs: what may have been on its way is raised again.
         for device in &devices {
             let saved = state.devices.iter().find(|saved| saved.id == device.id);
