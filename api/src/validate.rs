@@ -11,7 +11,7 @@ mod vhost_user;
 
 use self::devices::{check_disk, check_fs, check_net, check_vsock, console, rate_limit_groups};
 use self::machine::{cpus, memory};
-use self::names::{identifiers, segments};
+use self::names::{identifiers, segment_shares, segments};
 use self::payload::{payload, platform, pod};
 use crate::types::VmConfig;
 
@@ -114,6 +114,7 @@ impl VmConfig {
             platform(p, self.payload.as_ref(), &mut found);
         }
         segments(self, &mut found);
+        segment_shares(self, &mut found);
         unsupported(self, &mut found);
         identifiers(self, &mut found);
         vhost_user::memory(self, &mut found);

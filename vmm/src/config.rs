@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use podvisor_api::types::{HotplugMethod, Isolation, PodConfig, VmConfig};
+use podvisor_api::types::{HotplugMethod, Isolation, MemoryConfig, MemoryZoneConfig, PodConfig, VmConfig};
 use podvisor_api::{ConfigError, Stage};
 use podvisor_firmware::layout;
 use podvisor_firmware::memory_map::ram_ranges;
 
 use crate::cpuid::Topology;
-use crate::memory::RamOptions;
+use crate::memory::{RamOptions, Zone};
 use crate::registry;
 use crate::sizing::{self, SizingError};
 
@@ -41,8 +41,10 @@ pub struct PodPlan {
     pub topology: Option<Topology>,
     /// Bytes of RAM.
     pub memory: u64,
-    /// How RAM is mapped.
+    /// How RAM is mapped that is in no zone.
     pub ram: RamOptions,
+    /// The zones that make all of it, if any.
+    pub zones: Vec<Zone>,
     /// Isolation.
     pub isolation: Isolation,
     /// PCI segments.
@@ -151,7 +153,8 @@ impl PodPlan {
         Ok(Self {
             vcpus: config.cpus.boot_vcpus,
             topology,
-            memory: memory.size,
+            memory: memory.total(),
+            zones: zones(memory, ram)?,
             ram,
             isolation,
             segments: config.platform.as_ref().map_or(1, |p| p.num_pci_segments),
@@ -200,6 +203,38 @@ fn size(config: &mut VmConfig, pod: &PodConfig) -> Result<(), PlanError> {
     Ok(())
 }
 
+/// The zones of `memory`, which are mapped as `ram` says where they have no word of their own.
+fn zones(memory: &MemoryConfig, ram: RamOptions) -> Result<Vec<Zone>, PlanError> {
+    let zone = |(at, zone): (usize, &MemoryZoneConfig)| {
+        let named = |name: &str| format!("memory.zones[{at}].{name}");
+        if ram.secret && zone.file.is_some() {
+            let reason = "a confidential pod's memory is its own and never in a file; leave it out";
+            return Err(field(named("file"), reason));
+        }
+        if zone.host_numa_node.is_some() {
+            let reason = "memory of one host node is not supported; leave it out, and start podvisor under numactl";
+            return Err(field(named("host_numa_node"), reason));
+        }
+        if zone.hotplugged_size.is_some_and(|size| size > 0) {
+            let reason = "a zone begins with its size; give that, and leave this out";
+            return Err(field(named("hotplugged_size"), reason));
+        }
+        Ok(Zone {
+            id: zone.id.clone(),
+            size: zone.size,
+            file: zone.file.clone(),
+            options: RamOptions {
+                shared: zone.shared,
+                hugepages: zone.hugepages,
+                mergeable: zone.mergeable,
+                prefault: zone.prefault,
+                ..ram
+            },
+        })
+    };
+    memory.zones.iter().flatten().enumerate().map(zone).collect()
+}
+
 /// Refuses what is asked for and would silently not be there.
 fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
     let some = |list: &Option<Vec<serde_json::Value>>| list.as_ref().is_some_and(|l| !l.is_empty());
@@ -210,12 +245,7 @@ fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
         ("vdpa", some(&config.vdpa)),
         ("generic_vhost_user", some(&config.generic_vhost_user)),
         ("numa", some(&config.numa)),
-        ("balloon", config.balloon.is_some()),
         ("tpm", config.tpm.is_some()),
-        (
-            "memory.zones",
-            config.memory.zones.as_ref().is_some_and(|z| !z.is_empty()),
-        ),
         ("watchdog", config.watchdog),
         ("pvpanic", config.pvpanic),
         ("iommu", config.iommu),
@@ -234,7 +264,7 @@ fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
 /// The pod's memory must lie below its devices.
 fn memory_fits(config: &VmConfig) -> Result<(), PlanError> {
     let limit = layout::device_area(config.cpus.max_phys_bits).mmio_start;
-    ram_ranges(config.memory.size, limit).map_err(|e| field("memory.size", e.to_string()))?;
+    ram_ranges(config.memory.total(), limit).map_err(|e| field("memory.size", e.to_string()))?;
     let memory = &config.memory;
     if let Some(size @ 1..) = memory.hotplugged_size
         && memory.hotplug_method != HotplugMethod::VirtioMem

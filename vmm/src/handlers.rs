@@ -192,6 +192,7 @@ fn dispatch(state: &mut State<'_>, endpoint: &Endpoint, body: &[u8]) -> Outcome 
         EndpointId::VmPowerButton => done(state.pod.power_button()),
         EndpointId::VmNmi => done(state.pod.nmi()),
         EndpointId::VmResize => done(state.pod.resize(&parse(body)?)),
+        EndpointId::VmResizeZone => done(state.pod.resize_zone(&parse(body)?)),
         EndpointId::VmAddDisk => add_section::<DiskConfig>(state, body),
         EndpointId::VmAddFs => add_section::<FsConfig>(state, body),
         EndpointId::VmAddNet => add_net(state, body),
@@ -200,7 +201,7 @@ fn dispatch(state: &mut State<'_>, endpoint: &Endpoint, body: &[u8]) -> Outcome 
         EndpointId::VmRemoveDevice => done(state.pod.remove(&parse::<VmRemoveDevice>(body)?.id)),
         EndpointId::VmSnapshot => snapshot::save(state, body),
         EndpointId::VmRestore => snapshot::restore(state, body),
-        EndpointId::VmResizeDisk | EndpointId::VmResizeZone => {
+        EndpointId::VmResizeDisk => {
             let version = env!("CARGO_PKG_VERSION");
             let reason = format!("{} is not supported yet by podvisor {version}", endpoint.name);
             Err(Refusal::new(501, reason))

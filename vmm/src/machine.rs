@@ -8,7 +8,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use event_manager::MutEventSubscriber;
@@ -18,6 +18,7 @@ use podvisor_api::types::Isolation;
 use podvisor_devices::memory::{PodMemory, SharedPages};
 use podvisor_devices::pci::Bdf;
 use podvisor_devices::platform::Hypervisor;
+use podvisor_devices::virtio::balloon::BalloonHandle;
 use podvisor_devices::virtio::pci::{VirtioPci, add_to};
 use podvisor_firmware::acpi::{AcpiMachine, AcpiTables};
 use podvisor_firmware::igvm::{self, PlanOptions};
@@ -137,6 +138,7 @@ struct Plug {
     memory: Arc<PodMemory>,
     hypervisor: Arc<KvmHypervisor>,
     mapper: Mapper,
+    balloon: OnceLock<BalloonHandle>,
     confidential: bool,
     room: Option<Room>,
 }
@@ -168,7 +170,11 @@ impl Machine {
         )?;
         let planned = start.elapsed();
 
-        let ram = GuestRam::new(plan.memory, &plan.ram).during("guest memory")?;
+        let ram = match plan.zones.as_slice() {
+            [] => GuestRam::new(plan.memory, &plan.ram),
+            zones => GuestRam::in_zones(zones),
+        }
+        .during("guest memory")?;
         let confidential = Confidential::new(plan, &ram)?;
         let vm = create_vm(&kvm, &ram, confidential.as_ref(), &launch_plan)?;
         let fds = create_vcpus(&vm, plan.vcpus, &cpuid, telling)?;
@@ -213,7 +219,7 @@ impl Machine {
     /// What devices of this machine are made of, with `descriptors`.
     #[must_use]
     pub fn means<'m>(&'m self, descriptors: &'m Descriptors) -> Means<'m> {
-        self.plug.means(descriptors)
+        self.plug.means(descriptors, &self.ram)
     }
 
     /// Plugs a device into the running pod and tells the guest. Where it is, and what the event loop is to run for it.
@@ -322,6 +328,12 @@ impl Machine {
     #[must_use]
     pub fn timings(&self) -> BootTimings {
         self.timings
+    }
+
+    /// Its balloon, if it has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.plug.balloon.get()
     }
 }
 
@@ -502,6 +514,7 @@ fn add_devices(
     let plug = Plug {
         memory: ram.pod_memory(gate, area).during("guest memory")?,
         mapper: Mapper(DeviceMemory::new(Arc::clone(vm), acpi.file_area())),
+        balloon: OnceLock::new(),
         hypervisor,
         confidential: plan.isolation != Isolation::None,
         room,
@@ -509,7 +522,7 @@ fn add_devices(
     let mut subscribers: Subscribers = Vec::new();
     subscribers.extend(chipset.subscribers().into_iter().map(|s| (None, s)));
     let mut devices = Vec::new();
-    let configured = registry::devices(&plan.config, &plug.means(&plan.descriptors)).during("devices")?;
+    let configured = registry::devices(&plan.config, &plug.means(&plan.descriptors, ram)).during("devices")?;
     for mut wanted in configured.into_iter().chain(mem) {
         wanted.slot = plan.slots.get(&wanted.id).copied().or(wanted.slot);
         let (device, subscriber) = plug.put(&chipset, wanted)?;
@@ -520,10 +533,13 @@ fn add_devices(
 }
 
 impl Plug {
-    fn means<'m>(&'m self, descriptors: &'m Descriptors) -> Means<'m> {
+    fn means<'m>(&'m self, descriptors: &'m Descriptors, ram: &'m GuestRam) -> Means<'m> {
         Means {
             descriptors,
             mapper: &self.mapper,
+            ram,
+            grown: self.room.as_ref().map(Room::area),
+            balloon: &self.balloon,
         }
     }
 

@@ -3,9 +3,12 @@
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION takes addresses")]
 
 pub mod hotplug;
+mod reclaim;
+mod zones;
 
 use std::fs::File;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -18,6 +21,7 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress,
 };
 
+pub use self::zones::Zone;
 use crate::sys::{self, MemoryAdvice};
 
 /// How RAM is to be had.
@@ -56,6 +60,16 @@ pub enum RamError {
     Advice {
         /// The configuration field.
         option: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A zone could not be had.
+    #[error("memory.zones: zone {id:?}, file {file:?}")]
+    Zone {
+        /// Its name.
+        id: String,
+        /// The file behind it; empty for none.
+        file: PathBuf,
         /// Why.
         source: io::Error,
     },

@@ -1,6 +1,7 @@
 //! The one pod that a monitor holds, from vm.create to vm.delete: its configuration, its machine while it runs, and the
 //! order in which the two may change. A refused step changes nothing.
 
+mod memory;
 mod resize;
 mod saved;
 
@@ -344,6 +345,11 @@ impl PodSlot {
     pub fn remove(&mut self, id: &str) -> Result<(), PodError> {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
         let mut config = pod.plan.config.clone();
+        if registry::stays(&config, id) {
+            return Err(PodError::Conflict(
+                "the device is a part of the pod and stays in it: leave it out in vm.create",
+            ));
+        }
         let configured = registry::take_out(&mut config, id);
         // Made before the guest is told: what cannot be planned without the device is refused while nothing has changed.
         let plan = configured
@@ -414,7 +420,7 @@ impl PodSlot {
         Ok(VmInfo {
             config: pod.plan.config.clone(),
             state,
-            memory_actual_size: machine.map_or(pod.plan.memory, Machine::memory),
+            memory_actual_size: self.actual_memory(machine.map_or(pod.plan.memory, Machine::memory)),
             podvisor: self.extras(pod, machine),
         })
     }

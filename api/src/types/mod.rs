@@ -24,7 +24,7 @@ pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use misc::{BalloonConfig, DeviceConfig, PmemConfig, RngConfig, VsockConfig};
 pub use net::{NetConfig, VhostMode};
 pub use payload::PayloadConfig;
-pub use platform::{Isolation, PlatformConfig};
+pub use platform::{Isolation, PciSegmentConfig, PlatformConfig};
 pub use pod::{PodConfig, Quantity};
 pub use requests::{
     MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNetConfig, VmRemoveDevice, VmResize, VmResizeDisk,

@@ -78,3 +78,24 @@ impl PlatformConfig {
 }
 
 impl OptionForm for PlatformConfig {}
+
+/// A PCI segment's share of the address space (`--pci-segment pci_segment=1,mmio32_aperture_weight=2`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(schemars::JsonSchema))]
+pub struct PciSegmentConfig {
+    /// Number of the segment.
+    #[serde(default)]
+    pub pci_segment: u16,
+    /// Weight of its window below 4 GiB. The monitor gives each segment an even share.
+    #[serde(default = "one")]
+    pub mmio32_aperture_weight: u32,
+    /// Weight of its window above 4 GiB. The monitor gives each segment 4 GiB.
+    #[serde(default = "one")]
+    pub mmio64_aperture_weight: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl OptionForm for PciSegmentConfig {}

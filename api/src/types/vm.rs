@@ -2,8 +2,8 @@
 
 use super::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, FsConfig, MemoryConfig,
-    NetConfig, PayloadConfig, PlatformConfig, PmemConfig, PodConfig, RateLimitGroupConfig, RngConfig, SerialConfig,
-    VsockConfig,
+    NetConfig, PayloadConfig, PciSegmentConfig, PlatformConfig, PmemConfig, PodConfig, RateLimitGroupConfig, RngConfig,
+    SerialConfig, VsockConfig,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -64,6 +64,9 @@ pub struct VmConfig {
     /// Platform.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
+    /// Shares of the PCI segments in the address space.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pci_segments: Option<Vec<PciSegmentConfig>>,
     /// Restrict the monitor's file accesses.
     pub landlock_enable: bool,
     /// Paths allowed beyond the configuration's own.

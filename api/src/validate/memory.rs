@@ -8,6 +8,9 @@ use crate::types::{BalloonConfig, MemoryConfig, MemoryZoneConfig, PmemConfig};
 /// What the size of persistent memory must be a multiple of: a huge page, as Cloud Hypervisor has it.
 const PMEM_ALIGNMENT: u64 = 2 << 20;
 
+/// What a balloon can take: its device counts pages of 4 KiB in 32 bits (virtio 1.2, 5.5.4).
+const MAX_BALLOON: u64 = (u32::MAX as u64) << 12;
+
 pub(super) fn page_multiple(field: String, size: u64, found: &mut Findings) {
     if !size.is_multiple_of(4096) {
         found.add(
@@ -71,11 +74,11 @@ pub(super) fn pmem(pmem: &PmemConfig, field: &str, found: &mut Findings) {
 }
 
 pub(super) fn balloon(balloon: &BalloonConfig, memory: &MemoryConfig, found: &mut Findings) {
-    let total = memory.total();
+    let total = memory.total().min(MAX_BALLOON);
     page_multiple("balloon.size".to_owned(), balloon.size, found);
     if balloon.size > total {
         let reason = format!(
-            "{} bytes are more than the memory's {total}; give at most that",
+            "{} bytes are more than the memory has, or a balloon can take: {total}; give at most that",
             balloon.size
         );
         found.add("balloon.size", reason);

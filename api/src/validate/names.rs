@@ -57,6 +57,32 @@ pub(super) fn segments(config: &VmConfig, found: &mut Findings) {
     }
 }
 
+/// Each section of `pci_segments` is of a segment of its own that exists, and gives it something.
+pub(super) fn segment_shares(config: &VmConfig, found: &mut Findings) {
+    let count = config.platform.as_ref().map_or(1, |platform| platform.num_pci_segments);
+    let mut seen = BTreeSet::new();
+    for (at, share) in config.pci_segments.iter().flatten().enumerate() {
+        let field = |name| format!("pci_segments[{at}].{name}");
+        let segment = share.pci_segment;
+        if segment >= count {
+            let reason = format!("there is no segment {segment}; raise platform.num_pci_segments, now {count}");
+            found.add(field("pci_segment"), reason);
+        }
+        if !seen.insert(segment) {
+            let reason = format!("segment {segment} is given twice; give it one section");
+            found.add(field("pci_segment"), reason);
+        }
+        for (name, weight) in [
+            ("mmio32_aperture_weight", share.mmio32_aperture_weight),
+            ("mmio64_aperture_weight", share.mmio64_aperture_weight),
+        ] {
+            if weight == 0 {
+                found.add(field(name), "0 leaves the segment nothing; give 1 or more");
+            }
+        }
+    }
+}
+
 pub(super) fn identifier(field: &str, id: &str, found: &mut Findings) {
     let shown: String = id.chars().take(80).collect();
     if id.is_empty() {

@@ -150,6 +150,18 @@ fn every_rule_refuses_its_breach_by_field() {
             json!({"platform": {"num_pci_segments": 0}}),
             "platform.num_pci_segments",
         ),
+        (
+            json!({"pci_segments": [{"pci_segment": 1}]}),
+            "pci_segments[0].pci_segment",
+        ),
+        (
+            json!({"pci_segments": [{}, {"pci_segment": 0}]}),
+            "pci_segments[1].pci_segment",
+        ),
+        (
+            json!({"pci_segments": [{"mmio32_aperture_weight": 0}]}),
+            "pci_segments[0].mmio32_aperture_weight",
+        ),
         (json!({"pod": {"handler": "runc"}}), "pod.handler"),
         (json!({"tpm": {"socket": "/t"}}), "tpm"),
         (json!({"numa": [{}]}), "numa"),
@@ -167,6 +179,7 @@ fn what_the_shims_send_passes() {
         json!({"memory": {"size": 2147483648u64, "hotplug_size": 1u64 << 42, "shared": true}, "platform": {"num_pci_segments": 2},
             "fs": [{"tag": "kataShared", "socket": "/run/virtiofsd.sock", "pci_segment": 1}], "vsock": {"cid": 3, "socket": "/run/clh.sock"}}),
         json!({"memory": {"size": 0, "zones": [{"id": "mem0", "size": 2147483648u64, "file": "/f", "shared": true}]}}),
+        json!({"platform": {"num_pci_segments": 2}, "pci_segments": [{"pci_segment": 1, "mmio32_aperture_weight": 4}, {"pci_segment": 0}]}),
         json!({"payload": {"igvm": "/i", "host_data": "0".repeat(64)}, "platform": {"num_pci_segments": 10, "sev_snp": true}}),
         json!({"platform": {"sev_snp": true, "isolation": "snp"}, "payload": {"igvm": "/i"}}),
         json!({"disks": [{"path": "/a", "queue_size": 32768, "num_queues": 8}], "numa": [], "vsock": {"cid": 3, "socket": "/".repeat(107)}}),

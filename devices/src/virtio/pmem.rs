@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
@@ -18,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::blk::flusher::Flusher;
 use super::device::{Activation, ActiveQueue, DeviceError, VirtioDevice};
+use super::state::{self, StateError};
 use crate::memory::PodMemory;
 use crate::platform::{FileMapper, MappedFile};
 
@@ -108,6 +111,13 @@ struct Active {
     current: Vec<Waiting>,
     /// Came while it was under way.
     next: Vec<Waiting>,
+}
+
+/// What a snapshot keeps: where the guest has it.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    start: u64,
+    size: u64,
 }
 
 /// A virtio persistent memory device.
@@ -358,6 +368,36 @@ impl VirtioDevice for Pmem {
         // An error: it is not readable, another turn took it.
         let _ = self.event.read();
         self.serve()
+    }
+
+    fn save(&mut self) -> Result<Value, StateError> {
+        while self.flusher.is_busy() {
+            self.flusher.wait().map_err(|source| DeviceError::Host {
+                what: "waiting for a file to be durable",
+                source,
+            })?;
+            self.serve()?;
+        }
+        state::value(&Saved {
+            start: self.place.start(),
+            size: self.size,
+        })
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        let saved: Saved = state::parse(state)?;
+        let (start, size) = (self.place.start(), self.size);
+        if (saved.start, saved.size) == (start, size) {
+            return Ok(());
+        }
+        // The guest has mapped it where it was.
+        Err(StateError::Broken(format!(
+            "the guest has {} bytes of {} at {:#x}, and here it is {size} bytes at {start:#x}: give a file of that size, and \
+             the pmem section as it was",
+            saved.size,
+            self.path().display(),
+            saved.start
+        )))
     }
 
     fn reset(&mut self) {

@@ -142,12 +142,18 @@ pub(crate) struct RunArgs {
     /// Memory: size=SIZE[,shared=on][,hugepages=on][,thp=off][,prefault=on][,mergeable=on]
     #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
     pub(crate) memory: Option<String>,
+    /// A zone of the memory, with --memory size=0: id=NAME,size=SIZE[,file=FILE][,shared=on][,hugepages=on][,prefault=on]
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "The machine")]
+    pub(crate) memory_zone: Vec<String>,
     /// Size the machine by the pod's limits: handler=kata-cc|kata[,memory_limit=512Mi][,cpu_limit=1500m]
     #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
     pub(crate) pod: Option<String>,
     /// Platform: [isolation=none|snp|snp-emulated][,sev_snp=on][,num_pci_segments=N]
     #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
     pub(crate) platform: Option<String>,
+    /// PCI segment: pci_segment=N[,mmio32_aperture_weight=N][,mmio64_aperture_weight=N]
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "The machine")]
+    pub(crate) pci_segment: Vec<String>,
     /// HOST_DATA of the pod's attestation reports: 64 hexadecimal digits.
     #[arg(long, value_name = "HEX", help_heading = "The machine")]
     pub(crate) host_data: Option<String>,
@@ -173,6 +179,9 @@ pub(crate) struct RunArgs {
     /// Persistent memory: file=FILE[,size=SIZE][,discard_writes=on][,id=NAME], or file=DIR,size=SIZE
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) pmem: Vec<String>,
+    /// Balloon: size=SIZE[,deflate_on_oom=on][,free_page_reporting=on]
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    pub(crate) balloon: Option<String>,
     /// Entropy source: src=FILE
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub(crate) rng: Option<String>,
@@ -253,6 +262,15 @@ fn section<T: OptionForm>(option: &'static str, text: &str) -> Result<T, UsageEr
     })
 }
 
+/// The sections of an option that may be given several times; none if it is not.
+fn sections<T: OptionForm>(option: &'static str, texts: &[String]) -> Result<Option<Vec<T>>, UsageError> {
+    let all: Vec<T> = texts
+        .iter()
+        .map(|text| section(option, text))
+        .collect::<Result<_, _>>()?;
+    Ok((!all.is_empty()).then_some(all))
+}
+
 impl RunArgs {
     /// The launch digest that `--expect-digest` promises.
     pub(crate) fn expected_digest(&self) -> Result<Option<[u8; 48]>, UsageError> {
@@ -303,30 +321,17 @@ impl RunArgs {
         if let Some(text) = &self.platform {
             config.platform = Some(section("--platform", text)?);
         }
-        let disks = self
-            .disk
-            .iter()
-            .map(|text| section("--disk", text))
-            .collect::<Result<Vec<_>, _>>()?;
-        config.disks = (!disks.is_empty()).then_some(disks);
-        let groups: Vec<_> = (self.rate_limit_group.iter())
-            .map(|text| section("--rate-limit-group", text))
-            .collect::<Result<_, _>>()?;
-        config.rate_limit_groups = (!groups.is_empty()).then_some(groups);
+        config.disks = sections("--disk", &self.disk)?;
+        config.rate_limit_groups = sections("--rate-limit-group", &self.rate_limit_group)?;
         let net: Vec<_> = self.nets()?.into_iter().map(|(net, _)| net).collect();
         config.net = (!net.is_empty()).then_some(net);
-        let fs = self
-            .fs
-            .iter()
-            .map(|text| section("--fs", text))
-            .collect::<Result<Vec<_>, _>>()?;
-        config.fs = (!fs.is_empty()).then_some(fs);
-        let pmem = self
-            .pmem
-            .iter()
-            .map(|text| section("--pmem", text))
-            .collect::<Result<Vec<_>, _>>()?;
-        config.pmem = (!pmem.is_empty()).then_some(pmem);
+        config.fs = sections("--fs", &self.fs)?;
+        config.memory.zones = sections("--memory-zone", &self.memory_zone)?;
+        config.pci_segments = sections("--pci-segment", &self.pci_segment)?;
+        config.pmem = sections("--pmem", &self.pmem)?;
+        if let Some(text) = &self.balloon {
+            config.balloon = Some(section("--balloon", text)?);
+        }
         if let Some(text) = &self.vsock {
             config.vsock = Some(section("--vsock", text)?);
         }
@@ -421,6 +426,21 @@ mod tests {
         assert_eq!(config.rate_limit_groups()[0].rate_limiter_config.ops.unwrap().size, 10);
         let fds: Vec<_> = args.nets().unwrap().into_iter().map(|(_, fds)| fds).collect();
         assert_eq!(fds, [vec![7, 8], vec![]]);
+    }
+
+    #[test]
+    fn memory_of_every_kind() {
+        let args = "--kernel k --memory size=0 --memory-zone id=a,size=1G id=b,size=1G,file=/f,shared=on \
+                    --pmem file=/p,size=2M --balloon size=1M,free_page_reporting=on --pci-segment pci_segment=1";
+        let config = parse(&args.split_whitespace().collect::<Vec<_>>())
+            .config()
+            .unwrap()
+            .unwrap();
+        assert_eq!(config.memory.total(), 2 << 30);
+        assert!(config.memory.zones.unwrap()[1].shared);
+        assert_eq!(config.pmem.unwrap()[0].size, Some(2 << 20));
+        assert_eq!(config.balloon.unwrap().size, 1 << 20);
+        assert_eq!(config.pci_segments.unwrap()[0].mmio32_aperture_weight, 1);
     }
 
     #[test]

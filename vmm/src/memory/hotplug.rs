@@ -146,6 +146,13 @@ impl HotplugArea {
         Ok(())
     }
 
+    /// Gives the host's memory behind `[gpa, gpa + len)` back, that the guest keeps and reads zeros from; None if it is not
+    /// in the area.
+    pub fn give_back(&self, gpa: u64, len: u64) -> Option<io::Result<()>> {
+        let offset = gpa.checked_sub(self.blocks.start())?;
+        (offset.checked_add(len)? <= self.blocks.size()).then(|| self.release(gpa, len))
+    }
+
     /// Takes back what [`HotplugArea::fill`] put, before the guest was told of it.
     pub fn empty(&self, piece: u32, gpa: u64, len: u64) {
         let range = self.blocks.range(gpa, len / self.blocks.block_size());

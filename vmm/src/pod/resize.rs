@@ -4,6 +4,7 @@
 use podvisor_api::events::What;
 use podvisor_api::types::{HotplugMethod, VmResize};
 
+use super::memory::{refused, resized_balloon};
 use super::{Pod, PodError, PodSlot};
 use crate::config::PodPlan;
 use crate::machine::Sizes;
@@ -16,11 +17,15 @@ impl PodSlot {
     /// When there is no pod, or it cannot have one of the sizes; nothing has changed then.
     pub fn resize(&mut self, wanted: &VmResize) -> Result<(), PodError> {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
-        may_resize_balloon(wanted)?;
         let plan = resized(pod, wanted, self.expect_digest)?;
         if let Some(running) = &mut pod.running {
             self.telling.vm(What::Resizing);
             running.machine.resize(sizes(wanted))?;
+            if let (Some(size), Some(balloon)) = (wanted.desired_balloon, running.machine.balloon()) {
+                balloon
+                    .resize(size)
+                    .map_err(|e| refused("desired_balloon", e.to_string()))?;
+            }
             self.telling.vm(What::Resized);
         }
         pod.plan = plan;
@@ -58,7 +63,21 @@ fn resized(pod: &Pod, wanted: &VmResize, expect_digest: Option<[u8; 48]>) -> Res
     if let Some(vcpus) = wanted.desired_vcpus {
         config.cpus.boot_vcpus = vcpus;
     }
-    if let Some(desired) = wanted.desired_ram {
+    if let Some(size) = wanted.desired_balloon {
+        config.balloon = Some(resized_balloon(&config, size)?);
+    }
+    let zones = !pod.plan.zones.is_empty();
+    if let Some(desired) = wanted
+        .desired_ram
+        .filter(|desired| zones && *desired != pod.plan.memory)
+    {
+        let reason = format!(
+            "{desired} bytes cannot be: the pod's memory is in zones, {} bytes, which keep their sizes",
+            pod.plan.memory
+        );
+        return Err(refused("desired_ram", reason));
+    }
+    if let Some(desired) = wanted.desired_ram.filter(|_| !zones) {
         let memory = &mut config.memory;
         // What a guest takes through virtio-mem it is asked to take again.
         if pod.running.is_some() && memory.hotplug_method == HotplugMethod::VirtioMem {
@@ -71,13 +90,4 @@ fn resized(pod: &Pod, wanted: &VmResize, expect_digest: Option<[u8; 48]>) -> Res
     plan.descriptors = pod.plan.descriptors.clone();
     plan.slots = pod.plan.slots.clone();
     Ok(plan)
-}
-
-fn may_resize_balloon(wanted: &VmResize) -> Result<(), PodError> {
-    match wanted.desired_balloon {
-        None => Ok(()),
-        Some(desired) => Err(PodError::Unsupported(format!(
-            "desired_balloon {desired}: the pod has no balloon; leave it out"
-        ))),
-    }
 }

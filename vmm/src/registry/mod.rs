@@ -1,6 +1,7 @@
 //! Which virtio devices a configuration asks for: one file a kind, with its section of the configuration, and one line in
 //! [`KINDS`]. The machine puts them on PCI without knowing what they are.
 
+mod balloon;
 mod console;
 mod disk;
 mod fs;
@@ -12,15 +13,18 @@ mod vsock;
 
 use std::error::Error;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use podvisor_api::types::VmConfig;
 use podvisor_devices::platform::FileMapper;
+use podvisor_devices::virtio::balloon::BalloonHandle;
 use podvisor_devices::virtio::device::VirtioDevice;
 
 pub(crate) use self::console::{open_output, stdin, stdout, unsupported_mode};
 pub use self::net::AddedNet;
 use crate::config::Descriptors;
+use crate::memory::GuestRam;
+use crate::memory::hotplug::HotplugArea;
 
 /// A device that the configuration asks for.
 pub struct Wanted {
@@ -60,6 +64,12 @@ pub struct Means<'m> {
     pub descriptors: &'m Descriptors,
     /// Places files in the pod's address space.
     pub mapper: &'m dyn FileMapper,
+    /// The pod's RAM.
+    pub ram: &'m GuestRam,
+    /// Room for what it is given later, if there is any.
+    pub grown: Option<&'m Arc<HotplugArea>>,
+    /// Where a balloon leaves the monitor's side of it.
+    pub balloon: &'m OnceLock<BalloonHandle>,
 }
 
 /// A kind of device, as its section of the configuration has it.
@@ -86,6 +96,7 @@ const KINDS: &[Kind] = &[
     fs::KIND,
     pmem::KIND,
     vsock::KIND,
+    balloon::KIND,
 ];
 
 /// Makes every device that `config` asks for. Identifiers must have been assigned ([`assign_ids`]).
@@ -146,6 +157,14 @@ pub fn take_out(config: &mut VmConfig, id: &str) -> bool {
         (kind.take_out)(config, id);
     }
     before != count(config)
+}
+
+/// Whether the device named `id` is there for the pod's life, as Cloud Hypervisor has it: entropy source, console, balloon.
+#[must_use]
+pub fn stays(config: &VmConfig, id: &str) -> bool {
+    let balloon = config.balloon.as_ref().and_then(|balloon| balloon.id.as_deref());
+    let own = [config.rng.id.as_deref(), config.console.id.as_deref(), balloon];
+    id.starts_with("__") || own.contains(&Some(id))
 }
 
 /// Names the devices that have no name, as Cloud Hypervisor does (`_disk0`, `_fs1`, …).

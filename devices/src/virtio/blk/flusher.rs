@@ -76,6 +76,14 @@ impl Flusher {
         Ok(!self.engine.uses_ring())
     }
 
+    /// Waits for the end of the flush under way.
+    ///
+    /// # Errors
+    /// When the host's queue fails.
+    pub(in crate::virtio) fn wait(&mut self) -> io::Result<()> {
+        self.engine.wait()
+    }
+
     /// How the flush under way ended, if it has.
     pub(in crate::virtio) fn finished(&mut self) -> Option<io::Result<()>> {
         self.engine.next_done().map(|(_, result)| result.map(drop))

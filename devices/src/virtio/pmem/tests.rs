@@ -135,6 +135,28 @@ fn a_driver_that_repeats_a_chain_makes_nothing_grow() {
 }
 
 #[test]
+fn a_snapshot_waits_for_the_file_and_goes_on_where_the_guest_has_it() {
+    let (file, copy) = (file(ALIGNMENT), file(ALIGNMENT));
+    let features = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+    let open = |file| Pmem::open(options(file), &Mapper::default()).unwrap();
+    let mut h = Harness::new(open(&file));
+    h.activate_with(features).unwrap();
+    for _ in 0..3 {
+        h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(4)]);
+    }
+    h.kick(0).unwrap();
+    let old = h.moved_to(open(&copy), features).unwrap();
+    assert_eq!(old.flushes, 3, "nothing is under way in a snapshot");
+    assert_eq!(h.completed(0).len(), 3);
+    h.push(0, &[Buf::Read(&[0; 4]), Buf::Write(4)]);
+    h.kick(0).unwrap();
+    assert_eq!(finish(&mut h, 1), [[0; 4]]);
+    let large = self::file(2 * ALIGNMENT);
+    let error = h.moved_to(open(&large), features).err().unwrap();
+    assert!(error.to_string().contains("2097152 bytes"), "{error}");
+}
+
+#[test]
 fn a_private_mapping_needs_no_host() {
     let file = file(2 * ALIGNMENT);
     let shared = PmemOptions {

@@ -67,7 +67,7 @@ impl Room {
     }
 
     /// The area.
-    pub(in crate::machine) fn area(&self) -> &HotplugArea {
+    pub(in crate::machine) fn area(&self) -> &Arc<HotplugArea> {
         &self.area
     }
 
