@@ -260,7 +260,7 @@ fn memory_that_the_guest_takes_is_asked_for() {
     let memory = json!({"size": 128 * MIB, "hotplug_size": 512 * MIB, "hotplug_method": "VirtioMem", "hotplugged_size": 2 * MIB});
     create(&process, IDLE, &json!({"memory": memory}));
     process.put("vm.boot", None);
-    let requested = || process.request("GET", "vm.counters", None).1["mem0"]["requested_bytes"].as_u64();
+    let requested = || process.request("GET", "vm.counters", None).1["__mem"]["requested_bytes"].as_u64();
     assert_eq!(requested(), Some(2 * MIB));
     for desired in [640, 128, 130] {
         assert_eq!(resize(&process, &json!({"desired_ram": desired * MIB})).0, 204);
@@ -283,6 +283,11 @@ fn memory_that_the_guest_takes_is_asked_for() {
         let (status, said) = resize(&process, &json!({"desired_ram": desired}));
         assert!(status == 400 && said.contains(word), "{status} {said}");
     }
+    let (status, said) = process.request("PUT", "vm.remove-device", Some(&json!({"id": "__mem"})));
+    assert!(
+        status == 409 && said.to_string().contains("vm.resize"),
+        "{status} {said}"
+    );
     process.put("vm.reboot", None);
     assert_eq!(requested(), Some(2 * MIB), "asked for again");
 }
@@ -314,4 +319,31 @@ fn sizes_of_a_pod_without_room_are_refused_by_name() {
         status == 400 && said.to_string().contains("memory.hotplugged_size"),
         "{status} {said}"
     );
+}
+
+#[test]
+fn a_restored_pod_is_resized_like_another() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let memory = json!({"size": 128 * MIB, "hotplug_size": 1024 * MIB});
+    create(&process, &memory_using_guest(), &json!({"memory": memory}));
+    process.put("vm.boot", None);
+    assert_eq!(resize(&process, &json!({"desired_vcpus": 2})).0, 204);
+    let (dir, url) = (
+        process.path("saved"),
+        format!("file://{}", process.path("saved").display()),
+    );
+    std::fs::create_dir(&dir).unwrap();
+    process.put("vm.pause", None);
+    process.put("vm.snapshot", Some(&json!({"destination_url": url})));
+    let mut other = Process::start();
+    other.put("vm.restore", Some(&json!({"source_url": url, "resume": true})));
+    assert_eq!(vcpu_threads(&other), ["vcpu0", "vcpu1"], "as many as it was given");
+    assert_eq!(resize(&other, &json!({"desired_vcpus": 3})).0, 204);
+    assert_eq!(vcpu_threads(&other).len(), 3);
+    let (status, said) = resize(&other, &json!({"desired_ram": 256 * MIB}));
+    assert_eq!(status, 204, "{said}");
+    assert!(other.wait().success(), "{}", other.log());
 }

@@ -20,6 +20,7 @@ use podvisor_snp::processor::MemoryRegion;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
 use super::{RamError, RamOptions, advise, host_address, map, set_slot};
+use crate::sys::{self, MemoryAdvice};
 
 /// The first of KVM's memory slots for this memory, behind those of RAM.
 const FIRST_SLOT: u32 = 64;
@@ -198,14 +199,17 @@ impl HotplugArea {
         if unsafe { libc::mprotect(address, size, libc::PROT_READ | libc::PROT_WRITE) } < 0 {
             return Err(fail(io::Error::last_os_error()));
         }
-        advise(self.host(gpa), len, gpa, &self.options)
+        let mut options = self.options;
+        // Of what a guest fills, only its blocks come at once.
+        options.prefault &= self.filling == Filling::ByPiece;
+        advise(self.host(gpa), len, gpa, &options)
     }
 
     /// Gives the host's memory behind `[gpa, gpa + len)`, which is in the area, back; zeros are read there then.
     fn release(&self, gpa: u64, len: u64) -> io::Result<()> {
-        let offset = gpa.saturating_sub(self.blocks.start());
-        if let Some(file) = self.region.file_offset() {
-            punch(file.file(), file.start().saturating_add(offset), len)?;
+        if let (true, Some(file)) = (self.options.shared, self.region.file_offset()) {
+            let offset = gpa.saturating_sub(self.blocks.start());
+            return punch(file.file(), file.start().saturating_add(offset), len);
         }
         let (address, size) = (usize::try_from(self.host(gpa)), usize::try_from(len));
         let (Ok(address), Ok(size)) = (address, size) else {
@@ -296,6 +300,13 @@ impl Reclaim for HotplugArea {
             self.open(start, size).map_err(io::Error::other)?;
             self.map_chunk(number, true)?;
             mapped.insert(number);
+        }
+        drop(mapped);
+        if self.options.prefault
+            && let Err(error) = sys::advise(self.host(gpa), len, MemoryAdvice::Populate)
+        {
+            self.discard(gpa, len)?;
+            return Err(error);
         }
         Ok(())
     }

@@ -29,7 +29,7 @@ impl PodSlot {
             self.telling.vm(What::Resized);
         }
         pod.plan = plan;
-        tracing::info!(vcpus = pod.plan.vcpus, memory_bytes = pod.plan.memory, "pod resized");
+        tracing::info!(?wanted, "pod resized");
         Ok(())
     }
 

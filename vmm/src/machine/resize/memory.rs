@@ -15,8 +15,8 @@ use crate::memory::GuestRam;
 use crate::memory::hotplug::{self, Filling, HotplugArea};
 use crate::registry::Wanted;
 
-/// The name of the virtio-mem device: Cloud Hypervisor's for memory that is in no zone of its own.
-const DEVICE: &str = "mem0";
+/// The name of the virtio-mem device, which no device of a configuration can have.
+const DEVICE: &str = "__mem";
 
 /// How the pod of `plan` gets more memory; None: not at all.
 pub(in crate::machine) fn filling(plan: &PodPlan) -> Option<Filling> {

@@ -71,9 +71,10 @@ fn pieces_come_and_are_taken_back() {
 
 #[test]
 fn a_guest_is_given_chunks_for_what_it_was_allowed() {
-    for shared in [false, true] {
+    for (shared, prefault) in [(false, false), (true, false), (true, true)] {
         let options = RamOptions {
             shared,
+            prefault,
             ..RamOptions::default()
         };
         let Some(area) = area(GIB, Filling::ByGuest, &options) else {
@@ -137,4 +138,24 @@ fn a_large_area_has_chunks_for_the_slots_there_are() {
     let last = 4 * GIB + size - BLOCK_SIZE;
     area.provide(last, BLOCK_SIZE).unwrap();
     area.discard(last, BLOCK_SIZE).unwrap();
+}
+
+#[test]
+fn only_blocks_that_a_guest_plugs_come_at_once() {
+    let options = RamOptions {
+        shared: true,
+        prefault: true,
+        ..RamOptions::default()
+    };
+    let Some(area) = area(GIB, Filling::ByGuest, &options) else {
+        return;
+    };
+    let file = area.region.file_offset().unwrap().file();
+    let bytes = || std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+    assert_eq!(bytes(), 0, "a reserved area is address space");
+    area.allow(GIB);
+    area.provide(4 * GIB + 6 * MIB, 4 * MIB).unwrap();
+    assert_eq!(bytes(), 4 * MIB);
+    area.discard(4 * GIB + 6 * MIB, 2 * MIB).unwrap();
+    assert_eq!(bytes(), 2 * MIB, "what is unplugged is given back at once");
 }
