@@ -1,5 +1,6 @@
 //! Requests and responses, and the bytes of a response.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt::Write;
 use std::os::fd::OwnedFd;
@@ -55,10 +56,10 @@ impl Response {
             "HTTP/1.1 {} \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\n",
             self.status
         );
-        let body: &[u8] = if matches!(self.status, 100..=199 | 204) {
-            &[]
+        let body = if matches!(self.status, 100..=199 | 204) {
+            Cow::Borrowed(&[][..])
         } else {
-            &self.body
+            ascii(&self.body)
         };
         if !matches!(self.status, 100..=199 | 204) {
             // Writing to a String cannot fail.
@@ -70,9 +71,30 @@ impl Response {
         }
         head.push_str("\r\n");
         let mut bytes = head.into_bytes();
-        bytes.extend_from_slice(body);
+        bytes.extend_from_slice(&body);
         bytes
     }
+}
+
+/// A JSON text in ASCII: other characters, which JSON has in strings only, are written as `\u` escapes (RFC 8259,
+/// section 7). The Rust shim takes each 256 bytes that it reads for text of their own, so that a character which
+/// crosses their border would be an error there.
+fn ascii(json: &[u8]) -> Cow<'_, [u8]> {
+    let Some(text) = std::str::from_utf8(json).ok().filter(|text| !text.is_ascii()) else {
+        return Cow::Borrowed(json);
+    };
+    let mut escaped = String::with_capacity(json.len() * 2);
+    for c in text.chars() {
+        if c.is_ascii() {
+            escaped.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                // Writing to a String cannot fail.
+                let _ = write!(escaped, "\\u{unit:04x}");
+            }
+        }
+    }
+    Cow::Owned(escaped.into_bytes())
 }
 
 /// An error and what caused it, outermost first.
@@ -87,4 +109,21 @@ pub fn causes(error: &dyn Error) -> Vec<String> {
         cause = error.source();
     }
     chain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_is_ascii_and_means_the_same() {
+        let value = serde_json::json!({"pfäd": ["\u{1F600}\n\"", "plain"]});
+        let bytes = Response::new(200, value.to_string()).encode();
+        assert!(bytes.is_ascii());
+        let text = String::from_utf8(bytes).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        assert_eq!(serde_json::from_str::<serde_json::Value>(body).unwrap(), value);
+        assert!(head.ends_with(&format!("Content-Length: {}", body.len())), "{head}");
+        assert!(text.contains("pf\\u00e4d") && text.contains("\\ud83d\\ude00"), "{text}");
+    }
 }
