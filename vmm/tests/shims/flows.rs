@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bodies::{self, MEMORY};
 use crate::common::kvm;
@@ -134,4 +134,141 @@ fn the_rust_shim_reads_vm_info() {
     let disk = read(&mut client).config.disks.unwrap().remove(0);
     assert_eq!((disk.num_queues, disk.queue_size), (1, 128));
     assert_eq!(read(&mut client).config.vsock.unwrap().cid, 3);
+}
+
+/// What a sandbox's annotations and configuration files add to the requests.
+#[test]
+fn what_else_the_go_shim_sends() {
+    if !kvm() {
+        return;
+    }
+    let mut sandbox = Sandbox::start(Shim::Go);
+    sandbox.pod_guest();
+    let mut client = sandbox.go();
+    let mut config = bodies::go_create(&sandbox);
+    // The second disk is the initdata's; only the buckets that are set are told of.
+    std::fs::write(sandbox.path("initdata"), vec![0; 4096]).unwrap();
+    config["disks"][0]["rate_limiter_config"] =
+        json!({"bandwidth": {"size": 64 << 20, "refill_time": 1000, "one_time_burst": 0}});
+    config["disks"].as_array_mut().unwrap().push(json!({
+        "path": sandbox.path("initdata"), "readonly": true, "vhost_user": false, "num_queues": 1, "queue_size": 1024,
+        "image_type": "Raw"}));
+    // Debugging a confidential guest: the console, not the serial port.
+    config["console"]["mode"] = json!("Tty");
+    client.put("vm.create", Some(&config)).unwrap();
+    if let Some(tap) = host::tap(0) {
+        let mut net = bodies::go_net(1);
+        net["rate_limiter_config"] = json!({"ops": {"size": 1000, "refill_time": 1000, "one_time_burst": 0}});
+        client.add_nets(&[(net, tap.as_fd())]).unwrap();
+    }
+    client.put("vm.boot", None).unwrap();
+    let devices = client.get("vm.info").unwrap()["podvisor"]["devices"].clone();
+    let places: Vec<_> = devices
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|device| device["kind"] == "disk")
+        .collect();
+    assert!(
+        places[0]["bdf"].as_str().unwrap() < places[1]["bdf"].as_str().unwrap(),
+        "{devices}"
+    );
+    // The root image is the first that the guest finds.
+    let mut stream = agent(Shim::Go, &sandbox.vsock());
+    assert!(say(&mut stream, "blk-info").starts_with("ok sectors=2048 readonly=1"));
+    client.put("vmm.shutdown", None).unwrap();
+    assert_eq!(sandbox.wait().code(), Some(0));
+}
+
+#[test]
+fn what_else_the_rust_shim_sends() {
+    if !kvm() {
+        return;
+    }
+    let sandbox = Sandbox::start(Shim::Rust);
+    sandbox.pod_guest();
+    let mut client = sandbox.rust();
+    let mut config = bodies::rust_create(&sandbox);
+    config["cpus"]["nested"] = json!(true);
+    // A bucket that is not set is null.
+    let bucket = json!({"size": 64 << 20, "refill_time": 1000, "one_time_burst": null});
+    config["disks"][0]["rate_limiter_config"] = json!({"bandwidth": bucket, "ops": null});
+    config["serial"]["mode"] = json!("Tty");
+    client.put("vm.create", Some(&config)).unwrap();
+    client.put("vm.boot", None).unwrap();
+    let mut stream = agent(Shim::Rust, &sandbox.vsock());
+    assert!(say(&mut stream, "blk-read 0 8").starts_with("ok bytes=4096"));
+    let mut disk = bodies::rust_disk(&sandbox.path("volume"), true);
+    disk["rate_limiter_config"] =
+        json!({"bandwidth": null, "ops": {"size": 100, "refill_time": 1000, "one_time_burst": 5}});
+    rust::pci_device_info(client.put("vm.add-disk", Some(&disk)).unwrap()).unwrap();
+}
+
+/// The template factory: a pod is saved once, and each sandbox goes on from an edited copy of what was saved.
+#[test]
+fn a_sandbox_from_a_template() {
+    if !kvm() {
+        return;
+    }
+    for shim in [Shim::Go, Shim::Rust] {
+        let template = Sandbox::start(shim);
+        template.pod_guest();
+        let mut client = template.go();
+        client.put("vm.create", Some(&bodies::create(&template))).unwrap();
+        client.put("vm.boot", None).unwrap();
+        assert!(say(&mut agent(shim, &template.vsock()), "hello").starts_with("ok "));
+        let saved = template.path("template");
+        std::fs::create_dir(&saved).unwrap();
+        client.put("vm.pause", None).unwrap();
+        let destination = json!({"destination_url": format!("file://{}", saved.display())});
+        client.put("vm.snapshot", Some(&destination)).unwrap();
+        client.put("vmm.shutdown", None).unwrap();
+
+        let sandbox = Sandbox::start(shim);
+        // The sandbox's directory has links to the template's files, and the configuration with its own socket.
+        for file in ["state.json", "memory-ranges"] {
+            std::os::unix::fs::symlink(saved.join(file), sandbox.path(file)).unwrap();
+        }
+        let text = std::fs::read(saved.join("config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&text).unwrap();
+        config["vsock"]["socket"] = json!(sandbox.vsock());
+        config["memory"]["shared"] = json!(false);
+        std::fs::write(sandbox.path("config.json"), config.to_string()).unwrap();
+        let source = json!({"source_url": format!("file://{}", sandbox.dir.path().display())});
+        let mut client = sandbox.rust();
+        assert_eq!(client.put("vm.restore", Some(&source)), Ok(None), "{shim:?}");
+        let info: strict::VmInfo = serde_json::from_value(client.get("vm.info").unwrap()).unwrap();
+        assert_eq!(info.state, strict::State::Paused);
+        assert_eq!(client.put("vm.resume", None), Ok(None));
+        let vcpus = process::vcpus(sandbox.pid());
+        assert_eq!(vcpus, [0]);
+        assert!(
+            say(&mut agent(shim, &sandbox.vsock()), "hello").starts_with("ok "),
+            "{shim:?}"
+        );
+    }
+}
+
+/// A cold-plugged VFIO device and Intel's TDX: refused by name, at once.
+#[test]
+fn what_podvisor_does_not_do_for_a_shim() {
+    if !kvm() {
+        return;
+    }
+    let sandbox = Sandbox::start(Shim::Go);
+    sandbox.idle_guest();
+    let mut client = sandbox.go();
+    let device = json!({"path": "/sys/bus/pci/devices/0000:00:1f.0", "iommu": false, "id": "vfio-1f"});
+    let mut config = bodies::go_create(&sandbox);
+    config["devices"] = json!([device]);
+    let refused = client.put("vm.create", Some(&config)).unwrap_err();
+    assert!(refused.contains("devices"), "{refused}");
+    let mut config = bodies::go_create(&sandbox);
+    config["platform"]["tdx"] = json!(true);
+    let refused = client.put("vm.create", Some(&config)).unwrap_err();
+    assert!(refused.contains("tdx"), "{refused}");
+    client.put("vm.create", Some(&bodies::go_create(&sandbox))).unwrap();
+    let refused = client.add("vm.add-device", &device).unwrap_err();
+    assert!(refused.contains("vm.add-device"), "{refused}");
+    client.put("vm.boot", None).unwrap();
 }

@@ -301,6 +301,10 @@ fn pitfall_19_the_shims_command_lines() {
         // It waits for the API, and needs nothing else.
         let mut client = sandbox.go();
         assert!(client.get("vm.info").unwrap_err().starts_with("404"), "{arguments:?}");
+        sandbox.pod_guest();
+        client.put("vm.create", Some(&bodies::go_create(&sandbox))).unwrap();
+        client.put("vm.boot", None).unwrap();
+        assert!(say(&mut agent(Shim::Go, &sandbox.vsock()), "hello").starts_with("ok "));
         client.put("vmm.shutdown", None).unwrap();
         assert_eq!(sandbox.wait().code(), Some(0), "{arguments:?}");
     }

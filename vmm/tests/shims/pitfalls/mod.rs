@@ -3,5 +3,6 @@
 
 mod devices;
 mod lifetime;
+mod resize;
 mod vsock;
 mod wire;

@@ -43,6 +43,24 @@ fn pitfall_17_a_port_without_a_listener_is_closed_without_a_word() {
 }
 
 #[test]
+fn pitfall_17_a_pod_that_does_not_answer_is_not_waited_for_for_ever() {
+    if !kvm() {
+        return;
+    }
+    let sandbox = boot(Shim::Rust);
+    let mut stream = agent(Shim::Rust, &sandbox.vsock());
+    let mut client = sandbox.rust();
+    client.put("vm.pause", None).unwrap();
+    // Closed without a word after 2 s: the shim itself waits without a limit.
+    for shim in [Shim::Rust, Shim::Go] {
+        assert!(dial(shim, &sandbox.vsock(), 1024).is_none());
+    }
+    client.put("vm.resume", None).unwrap();
+    assert!(say(&mut stream, "hello").starts_with("ok "));
+    assert!(say(&mut agent(Shim::Rust, &sandbox.vsock()), "hello").starts_with("ok "));
+}
+
+#[test]
 fn pitfall_17_a_storm_of_dials_while_the_pod_boots() {
     if !kvm() {
         return;

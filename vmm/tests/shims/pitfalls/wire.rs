@@ -83,6 +83,29 @@ fn pitfall_01_and_02_every_frame_and_every_code() {
     }
 }
 
+/// The Rust shim takes every 256 bytes for text of their own.
+#[test]
+fn pitfall_01_no_character_is_torn_apart() {
+    if !kvm() {
+        return;
+    }
+    let sandbox = Sandbox::start(Shim::Rust);
+    sandbox.idle_guest();
+    for before in ["", "x"] {
+        let mut client = sandbox.rust();
+        let mut config = bodies::rust_create(&sandbox);
+        let cmdline = format!("{before}{}", "ü".repeat(400));
+        config["payload"]["cmdline"] = json!(cmdline);
+        client.put("vm.create", Some(&config)).unwrap();
+        assert_eq!(client.get("vm.info").unwrap()["config"]["payload"]["cmdline"], cmdline);
+        let disk = bodies::rust_disk(&sandbox.path(&"ü".repeat(100)), true);
+        client.put("vm.add-disk", Some(&disk)).unwrap();
+        let refused = client.put("vm.boot", None).unwrap_err();
+        assert!(refused.starts_with("ServerResponse("), "{refused}");
+        client.put("vm.delete", None).unwrap();
+    }
+}
+
 #[test]
 fn pitfall_03_a_connection_lives_as_long_as_its_client_wants() {
     if !kvm() {
