@@ -19,6 +19,8 @@ pub enum Source {
     CpuManager,
     /// One of its virtio devices.
     VirtioDevice,
+    /// What runs in it.
+    Guest,
 }
 
 /// What happened. What takes time has two: one when it begins, one when it has been done.
@@ -70,6 +72,8 @@ pub enum What {
     Reset,
     /// virtio-device: it cannot go on (`id`); an addition to Cloud Hypervisor's events.
     Failed,
+    /// guest: its kernel panicked (`event`: `panic`, or `crash_loaded` if it handles that itself).
+    Panic,
 }
 
 /// One record.

@@ -10,6 +10,7 @@
 )]
 
 pub mod bus;
+pub mod host_console;
 pub mod legacy;
 pub mod memory;
 #[cfg(any(test, feature = "test-utils"))]
@@ -18,4 +19,5 @@ pub mod pci;
 pub mod platform;
 pub mod rate_limiter;
 mod sync;
+pub mod unix_socket;
 pub mod virtio;

@@ -12,7 +12,8 @@ use std::sync::{Arc, Mutex};
 
 use chains::{Input, SECRET, check_secret, damage, harness, push, used};
 use libfuzzer_sys::fuzz_target;
-use podvisor_devices::virtio::console::{Console, ConsoleOutput};
+use podvisor_devices::host_console::{HostConsole, HostOutput, HostSide};
+use podvisor_devices::virtio::console::Console;
 use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::rng::Rng;
 use podvisor_devices::virtio::testing::Harness;
@@ -60,8 +61,11 @@ fuzz_target!(|data: &[u8]| {
     }
     let sink = Sink::default();
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    let output = ConsoleOutput::Writer(Box::new(sink.clone()));
-    let mut h = harness(Console::new(output, Some(ours.into()), None).unwrap(), flags & 4 != 0);
+    let host = HostConsole::shared(HostSide::Streams {
+        output: HostOutput::Writer(Box::new(sink.clone())),
+        input: Some(ours.into()),
+    });
+    let mut h = harness(Console::new(host.unwrap(), None).unwrap(), flags & 4 != 0);
     theirs.write_all(&vec![b'x'; usize::from(input.byte()) * 16]).unwrap();
     push(&mut h, 0, &mut input, 5);
     let sent = push(&mut h, 1, &mut input, 5);

@@ -1,31 +1,30 @@
-//! The fixed part of a pod's machine: the two buses, PCI segments, serial port, clock, ACPI registers. What a
-//! configuration adds as virtio devices is `registry`'s.
+//! The fixed part of a pod's machine: the two buses, PCI segments, serial port, debug port, pvpanic, clock, ACPI
+//! registers. What a configuration adds as virtio devices is `registry`'s.
 
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::MutEventSubscriber;
-use podvisor_api::types::{ConsoleMode, SerialConfig};
 use podvisor_devices::bus::{Bus, BusDevice, BusError, SharedBusDevice};
+use podvisor_devices::host_console::{HostConsoleSubscriber, SharedHostConsole};
 use podvisor_devices::legacy::{
-    AcpiPower, Cmos, CpuHotplug, DebugPort, ExitReason, ExitSink, Ged, GedEvent, HotplugSink, I8042, IoApic, Output,
-    PciHotplug, PmTimer, Serial, SerialSubscriber,
+    AcpiPower, Cmos, CpuHotplug, DebugConsole, DebugPort, ExitReason, ExitSink, Ged, GedEvent, HotplugSink, I8042,
+    IoApic, PciHotplug, PmTimer, Serial, SerialSubscriber,
     acpi_pm::{ACPI_POWER_SIZE, PM_TIMER_SIZE},
     cmos::CMOS_SIZE,
+    debug_console::DEBUG_CONSOLE_SIZE,
     hotplug::{CPU_HOTPLUG_SIZE, PCI_HOTPLUG_SIZE},
     i8042::I8042_SIZE,
     memory_hotplug::{MEMORY_HOTPLUG_SIZE, MemoryHotplug, MemoryHotplugError},
     serial::SERIAL_SIZE,
 };
 use podvisor_devices::pci::{Bdf, PciRoot, Window};
-use podvisor_devices::platform::IrqLine;
 use podvisor_firmware::acpi::AcpiMachine;
 use podvisor_firmware::layout;
 use podvisor_firmware::plan::GpaRange;
 
+use crate::consoles::Consoles;
 use crate::kvm::KvmHypervisor;
-use crate::registry;
 use crate::vcpu::{ExitSignal, GuestIo, PodExit};
 
 /// Bytes of the PCI configuration ports.
@@ -37,13 +36,13 @@ pub enum ChipsetError {
     /// Two devices at one address: more segments or a narrower address space than the map has room for.
     #[error("the guest's address map")]
     Bus(#[from] BusError),
-    /// The serial port.
-    #[error("serial.{field}")]
-    Serial {
-        /// The field of the section.
-        field: &'static str,
-        /// Why.
-        source: std::io::Error,
+    /// The debug port is where another device is.
+    #[error("debug_console.iobase {port:#x} is taken; give a free port, such as 0xe9")]
+    DebugConsole {
+        /// The port.
+        port: u16,
+        /// By whom.
+        source: BusError,
     },
 }
 
@@ -85,6 +84,11 @@ impl GuestIo for Buses {
 /// Passes what the guest asks for on to the control loop.
 struct Asks(Arc<ExitSignal>);
 
+/// Passes a device's wish to end the pod on to the control loop.
+pub(crate) fn ends(exit: &Arc<ExitSignal>) -> Arc<dyn ExitSink> {
+    Arc::new(Asks(Arc::clone(exit)))
+}
+
 impl ExitSink for Asks {
     fn exit(&self, reason: ExitReason) {
         self.0.give(match reason {
@@ -116,6 +120,7 @@ pub struct Chipset {
     memory_hotplug: Option<Arc<Mutex<MemoryHotplug>>>,
     pci_hotplug: Arc<Mutex<PciHotplug>>,
     serial: Option<Arc<Mutex<Serial>>>,
+    debug: Option<SharedHostConsole>,
 }
 
 fn shared(device: impl BusDevice + 'static) -> SharedBusDevice {
@@ -130,13 +135,13 @@ impl Chipset {
     pub fn new(
         machine: &AcpiMachine,
         memory: u64,
-        serial: &SerialConfig,
+        consoles: &Consoles,
         kvm: &KvmHypervisor,
         exit: &Arc<ExitSignal>,
     ) -> Result<Self, ChipsetError> {
         let buses = Arc::new(Buses::default());
         let (pio, mmio) = (&buses.pio, &buses.mmio);
-        let ends: Arc<dyn ExitSink> = Arc::new(Asks(Arc::clone(exit)));
+        let ends = ends(exit);
         let below = memory.min(layout::MEM_32BIT_RESERVED_START);
         let ports: [(u16, u64, SharedBusDevice); 5] = [
             (
@@ -192,13 +197,21 @@ impl Chipset {
             PCI_HOTPLUG_SIZE,
             Arc::clone(&pci_hotplug) as SharedBusDevice,
         )?;
-        let serial = serial_port(serial, line(layout::SERIAL_IRQ))?;
+        let serial = consoles
+            .serial
+            .as_ref()
+            .map(|host| Arc::new(Mutex::new(Serial::new(line(layout::SERIAL_IRQ), Arc::clone(host)))));
         if let Some(serial) = &serial {
             pio.insert(
                 layout::SERIAL_PORT.into(),
                 SERIAL_SIZE,
                 Arc::clone(serial) as SharedBusDevice,
             )?;
+        }
+        if let Some((port, host)) = &consoles.debug {
+            let (port, device) = (*port, shared(DebugConsole::new(Arc::clone(host))));
+            pio.insert(port.into(), DEBUG_CONSOLE_SIZE, device)
+                .map_err(|source| ChipsetError::DebugConsole { port, source })?;
         }
         Ok(Self {
             buses,
@@ -208,16 +221,22 @@ impl Chipset {
             memory_hotplug,
             pci_hotplug,
             serial,
+            debug: consoles.debug.as_ref().map(|(_, host)| Arc::clone(host)),
         })
     }
 
     /// What the event loop runs for these devices.
     #[must_use]
     pub fn subscribers(&self) -> Vec<Box<dyn MutEventSubscriber>> {
-        self.serial
-            .iter()
-            .map(|serial| Box::new(SerialSubscriber::new(Arc::clone(serial))) as Box<dyn MutEventSubscriber>)
-            .collect()
+        let serial = self.serial.iter().map(|serial| {
+            let subscriber = SerialSubscriber(Arc::clone(serial));
+            Box::new(subscriber) as Box<dyn MutEventSubscriber>
+        });
+        let debug = self.debug.iter().map(|host| {
+            let subscriber = HostConsoleSubscriber(Arc::clone(host));
+            Box::new(subscriber) as Box<dyn MutEventSubscriber>
+        });
+        serial.chain(debug).collect()
     }
 
     /// Presses the power button.
@@ -313,9 +332,6 @@ impl Drop for Chipset {
             // It is there: `pci` put it there.
             let _ = self.buses.mmio.remove(ecam);
         }
-        if let Some(serial) = &self.serial {
-            serial.lock().unwrap_or_else(PoisonError::into_inner).drain();
-        }
     }
 }
 
@@ -340,25 +356,4 @@ fn pci(machine: &AcpiMachine, buses: &Buses) -> Result<Vec<Arc<PciRoot>>, BusErr
         segments.push(root);
     }
     Ok(segments)
-}
-
-fn serial_port(config: &SerialConfig, line: Arc<dyn IrqLine>) -> Result<Option<Arc<Mutex<Serial>>>, ChipsetError> {
-    let fail = |field| move |source| ChipsetError::Serial { field, source };
-    let (output, input) = match config.mode {
-        ConsoleMode::Off => return Ok(None),
-        ConsoleMode::Null => (Output::new(Box::new(std::io::sink())), None),
-        ConsoleMode::Tty => {
-            let output = registry::stdout().and_then(Output::from_fd).map_err(fail("mode Tty"))?;
-            (output, Some(registry::stdin().map_err(fail("mode Tty"))?))
-        }
-        ConsoleMode::File => {
-            let file = registry::open_output(config.file.as_deref()).map_err(fail("file"))?;
-            (Output::from_fd(OwnedFd::from(file)).map_err(fail("file"))?, None)
-        }
-        ConsoleMode::Pty | ConsoleMode::Socket => {
-            return Err(fail("mode")(std::io::Error::other(registry::unsupported_mode())));
-        }
-    };
-    let serial = Serial::new(line, output, input).map_err(fail("mode"))?;
-    Ok(Some(Arc::new(Mutex::new(serial))))
 }

@@ -246,8 +246,6 @@ fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
         ("generic_vhost_user", some(&config.generic_vhost_user)),
         ("numa", some(&config.numa)),
         ("tpm", config.tpm.is_some()),
-        ("watchdog", config.watchdog),
-        ("pvpanic", config.pvpanic),
         ("iommu", config.iommu),
         ("platform.tdx", platform.tdx),
         (

@@ -5,6 +5,7 @@ pub mod api_socket;
 pub mod chipset;
 pub mod cli;
 pub mod config;
+pub mod consoles;
 pub mod control;
 pub mod cpuid;
 pub mod demo;

@@ -1,6 +1,7 @@
 //! A pod's machine, built when it boots and dropped when it stops: the VM, its memory and vCPUs, the chipset and the
 //! devices that the configuration asks for. A machine that cannot be built leaves nothing behind.
 
+mod extras;
 mod resize;
 mod saved;
 
@@ -28,11 +29,13 @@ use podvisor_firmware::machine::MachineDescription;
 use podvisor_firmware::memory_map::memory_map;
 use podvisor_firmware::plan::{LaunchPlan, Platform};
 
+use self::extras::Extras;
 use self::resize::{Growth, Room};
 pub use self::resize::{ResizeError, Sizes};
 pub use self::saved::MachineState;
 use crate::chipset::Chipset;
 use crate::config::{Boot, Descriptors, PodPlan};
+use crate::consoles::Consoles;
 use crate::cpuid::CpuidTemplate;
 use crate::device_memory::{DeviceMemory, Mapper};
 use crate::isolation::Confidential;
@@ -123,6 +126,7 @@ pub struct Machine {
     vcpus: Vcpus,
     devices: Vec<DeviceInfo>,
     plug: Plug,
+    extras: Extras,
     chipset: Chipset,
     confidential: Option<Confidential>,
     growth: Growth,
@@ -132,6 +136,26 @@ pub struct Machine {
 
 /// What the event loop runs for a machine: for the device at which place (none: the chipset), and what.
 pub type Subscribers = Vec<(Option<Bdf>, Box<dyn MutEventSubscriber>)>;
+
+/// What of its monitor a machine is connected to.
+#[derive(Clone, Copy)]
+pub struct Outside<'m> {
+    /// Hears what the guest asks for.
+    pub exit: &'m Arc<ExitSignal>,
+    /// Hears what happens.
+    pub telling: &'m Telling,
+    /// The host's ends of the consoles.
+    pub consoles: &'m Consoles,
+}
+
+/// The devices of a machine.
+struct Parts {
+    chipset: Chipset,
+    plug: Plug,
+    devices: Vec<DeviceInfo>,
+    extras: Extras,
+    subscribers: Subscribers,
+}
 
 /// What a device needs of the machine it is plugged into.
 struct Plug {
@@ -148,7 +172,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`BootError`]; everything that was made is gone then.
-    pub fn boot(plan: &PodPlan, exit: &Arc<ExitSignal>, telling: &Telling) -> Result<(Self, Subscribers), BootError> {
+    pub fn boot(plan: &PodPlan, outside: Outside<'_>) -> Result<(Self, Subscribers), BootError> {
         let start = Instant::now();
         let boot = plan.boot.as_ref().ok_or_else(|| {
             BootError::new("the pod has nothing to boot: give payload.igvm or payload.kernel in vm.create")
@@ -177,9 +201,8 @@ impl Machine {
         .during("guest memory")?;
         let confidential = Confidential::new(plan, &ram)?;
         let vm = create_vm(&kvm, &ram, confidential.as_ref(), &launch_plan)?;
-        let fds = create_vcpus(&vm, plan.vcpus, &cpuid, telling)?;
-        let (chipset, plug, devices, subscribers) =
-            add_devices(plan, &vm, &acpi, &ram, confidential.as_ref(), exit, telling)?;
+        let fds = create_vcpus(&vm, plan.vcpus, &cpuid, outside.telling)?;
+        let parts = add_devices(plan, &vm, &acpi, &ram, confidential.as_ref(), outside)?;
         let built = start.elapsed();
 
         let confidential = match confidential {
@@ -192,9 +215,9 @@ impl Machine {
         };
         let launched = start.elapsed();
         let context = VcpuContext {
-            io: Arc::clone(&chipset.buses) as _,
+            io: Arc::clone(&parts.chipset.buses) as _,
             processor: confidential.as_ref().map(Confidential::shared_processor),
-            exit: Arc::clone(exit),
+            exit: Arc::clone(outside.exit),
         };
         let vcpus = Vcpus::start(fds, &context).during("starting vCPU threads")?;
         let timings = BootTimings {
@@ -205,15 +228,16 @@ impl Machine {
         };
         let machine = Self {
             vcpus,
-            devices,
-            plug,
-            chipset,
+            devices: parts.devices,
+            plug: parts.plug,
+            extras: parts.extras,
+            chipset: parts.chipset,
             confidential,
-            growth: Growth::new(plan, cpuid, telling),
+            growth: Growth::new(plan, cpuid, outside.telling),
             timings,
             ram,
         };
-        Ok((machine, subscribers))
+        Ok((machine, parts.subscribers))
     }
 
     /// What devices of this machine are made of, with `descriptors`.
@@ -273,10 +297,12 @@ impl Machine {
     /// Stops the guest where it is.
     pub fn pause(&mut self) {
         self.vcpus.pause();
+        self.extras.set_paused(true);
     }
 
     /// Lets a paused guest go on.
     pub fn resume(&mut self) {
+        self.extras.set_paused(false);
         self.vcpus.resume();
     }
 
@@ -306,6 +332,12 @@ impl Machine {
     #[must_use]
     pub fn devices(&self) -> &[DeviceInfo] {
         &self.devices
+    }
+
+    /// The name and place of the device that is no virtio device, if it was asked for: pvpanic.
+    #[must_use]
+    pub fn pvpanic(&self) -> Option<(&'static str, Bdf)> {
+        self.extras.pvpanic().map(|bdf| (extras::PVPANIC, bdf))
     }
 
     /// The counters of the devices, by name.
@@ -502,11 +534,10 @@ fn add_devices(
     acpi: &AcpiMachine,
     ram: &GuestRam,
     confidential: Option<&Confidential>,
-    exit: &Arc<ExitSignal>,
-    telling: &Telling,
-) -> Result<(Chipset, Plug, Vec<DeviceInfo>, Subscribers), BootError> {
-    let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(vm)).told_to(telling));
-    let chipset = Chipset::new(acpi, plan.memory, &plan.config.serial, &hypervisor, exit).during("devices")?;
+    outside: Outside<'_>,
+) -> Result<Parts, BootError> {
+    let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(vm)).told_to(outside.telling));
+    let chipset = Chipset::new(acpi, plan.memory, outside.consoles, &hypervisor, outside.exit).during("devices")?;
     let gate = confidential.map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
     let mut room = Room::new(plan, vm, acpi, ram)?;
     let mem = room.as_mut().map(|room| room.device(plan)).transpose()?.flatten();
@@ -521,15 +552,30 @@ fn add_devices(
     };
     let mut subscribers: Subscribers = Vec::new();
     subscribers.extend(chipset.subscribers().into_iter().map(|s| (None, s)));
+    let mut all = Vec::new();
+    if let Some(host) = &outside.consoles.console {
+        all.push(registry::fixed::console(&plan.config, host).during("devices")?);
+    }
+    all.extend(registry::devices(&plan.config, &plug.means(&plan.descriptors, ram)).during("devices")?);
+    all.extend(mem);
+    let mut extras = Extras::new(&plan.config, outside, &mut all)?;
     let mut devices = Vec::new();
-    let configured = registry::devices(&plan.config, &plug.means(&plan.descriptors, ram)).during("devices")?;
-    for mut wanted in configured.into_iter().chain(mem) {
+    for mut wanted in all {
         wanted.slot = plan.slots.get(&wanted.id).copied().or(wanted.slot);
         let (device, subscriber) = plug.put(&chipset, wanted)?;
         subscribers.push((Some(device.bdf), subscriber));
         devices.push(device);
     }
-    Ok((chipset, plug, devices, subscribers))
+    if plan.config.pvpanic {
+        extras.add_pvpanic(&chipset, outside.telling)?;
+    }
+    Ok(Parts {
+        chipset,
+        plug,
+        devices,
+        extras,
+        subscribers,
+    })
 }
 
 impl Plug {

@@ -17,8 +17,9 @@ use podvisor_devices::pci::Bdf;
 use serde_json::{Map, Value, json};
 
 use crate::config::{PlanError, PodPlan};
+use crate::consoles::{ConsoleError, Consoles};
 use crate::hex;
-use crate::machine::{BootError, BootTimings, Machine, ResizeError};
+use crate::machine::{BootError, BootTimings, Machine, Outside, ResizeError};
 use crate::registry::{self, AddedNet, Addition, RegistryError};
 use crate::snapshot::SnapshotError;
 use crate::telling::Telling;
@@ -48,6 +49,9 @@ pub enum PodError {
     /// Its configuration.
     #[error(transparent)]
     Config(#[from] PlanError),
+    /// One of its consoles.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
     /// Its boot failed; it stays created.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -91,6 +95,8 @@ struct Pod {
     plan: PodPlan,
     running: Option<Running>,
     timings: Option<BootTimings>,
+    /// Behind the machine, whose devices use them.
+    consoles: Consoles,
 }
 
 /// Room for one pod.
@@ -132,7 +138,8 @@ impl PodSlot {
         if self.pod.is_some() {
             return Err(PodError::AlreadyCreated);
         }
-        let plan = PodPlan::new(config, self.expect_digest)?;
+        let mut plan = PodPlan::new(config, self.expect_digest)?;
+        let consoles = Consoles::open(&mut plan.config)?;
         tracing::info!(
             vcpus = plan.vcpus,
             memory_bytes = plan.memory,
@@ -144,6 +151,7 @@ impl PodSlot {
             plan,
             running: None,
             timings: None,
+            consoles,
         });
         Ok(())
     }
@@ -174,7 +182,12 @@ impl PodSlot {
             return Err(PodError::AlreadyRunning);
         }
         self.telling.vm(What::Booting);
-        let (machine, subscribers) = Machine::boot(&pod.plan, &self.exit, &self.telling)?;
+        let outside = Outside {
+            exit: &self.exit,
+            telling: &self.telling,
+            consoles: &pod.consoles,
+        };
+        let (machine, subscribers) = Machine::boot(&pod.plan, outside)?;
         let subscribers = subscribers
             .into_iter()
             .map(|(place, s)| (place, events.add_subscriber(s)))
@@ -464,11 +477,14 @@ impl PodSlot {
             put("host_data", json!(hex::encode(&pod.plan.host_data)));
         }
         if let Some(machine) = machine {
-            let devices: Vec<Value> = machine
+            let mut devices: Vec<Value> = machine
                 .devices()
                 .iter()
                 .map(|d| json!({"id": d.id, "kind": d.kind, "bdf": d.bdf.to_string(), "state": d.state()}))
                 .collect();
+            if let Some((id, bdf)) = machine.pvpanic() {
+                devices.push(json!({"id": id, "kind": "pvpanic", "bdf": bdf.to_string(), "state": "active"}));
+            }
             put("devices", json!(devices));
         }
         put("timings_ms", self.timings(pod));
@@ -541,7 +557,7 @@ impl PodError {
             Self::Unsupported(_) => 501,
             Self::Resize(error) => error.status(),
             Self::Config(PlanError::Config(error)) if error.conflict => 409,
-            Self::Config(_) | Self::Refused(_) => 400,
+            Self::Config(_) | Self::Refused(_) | Self::Console(_) => 400,
             // What Cloud Hypervisor's description has for a VM that is not booted.
             Self::NotRunning => 405,
             Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::Already(_) => 409,

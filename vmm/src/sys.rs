@@ -251,6 +251,22 @@ pub fn filter_calls(program: &[libc::sock_filter]) -> io::Result<()> {
     Ok(())
 }
 
+/// Has this process go on when it reads from a terminal, or writes to one, in whose background it is: reads fail then.
+pub fn ignore_job_control() {
+    for signal in [libc::SIGTTIN, libc::SIGTTOU] {
+        // SAFETY: SIG_IGN is a valid disposition for both.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Whether terminal `fd` is this process's to set: it is in its foreground, or the terminal has no foreground.
+#[must_use]
+pub fn in_foreground(fd: RawFd) -> bool {
+    // SAFETY: both take at most a number and touch no memory.
+    let (foreground, own) = unsafe { (libc::tcgetpgrp(fd), libc::getpgrp()) };
+    foreground == -1 || foreground == own
+}
+
 /// A descriptor that reports signals as readable data (`signalfd(2)`); the signals are blocked from then on, in this
 /// thread and in those it starts.
 #[derive(Debug)]

@@ -1,11 +1,9 @@
 //! The debug console of Bochs and QEMU at port 0xE9, as Cloud Hypervisor has it: every byte written is output, and a
 //! read answers with the port's number, by which firmware finds it.
 
-use std::io::Write;
-use std::os::fd::RawFd;
-
-use super::Output;
 use crate::bus::BusDevice;
+use crate::host_console::SharedHostConsole;
+use crate::sync::lock;
 
 /// The port, by default.
 pub const DEBUG_CONSOLE_PORT: u64 = 0xE9;
@@ -14,34 +12,17 @@ pub const DEBUG_CONSOLE_SIZE: u64 = 1;
 /// What a read answers.
 const PRESENT: u8 = 0xE9;
 
-/// The debug console.
+/// The debug console. What its host's end has to do when it becomes ready is a
+/// [`HostConsoleSubscriber`](crate::host_console::HostConsoleSubscriber)'s.
 pub struct DebugConsole {
-    output: Output,
+    host: SharedHostConsole,
 }
 
 impl DebugConsole {
-    /// A console that writes to `output`.
+    /// A console that writes to `host`.
     #[must_use]
-    pub fn new(output: Output) -> Self {
-        Self { output }
-    }
-
-    /// The descriptor to watch for becoming writable; then call [`DebugConsole::drain`]. Without that, output that
-    /// waits goes with the next byte.
-    #[must_use]
-    pub fn watch_fd(&self) -> Option<RawFd> {
-        self.output.watch_fd()
-    }
-
-    /// Hands over output that still waits.
-    pub fn drain(&mut self) {
-        self.output.drain();
-    }
-
-    /// Bytes dropped so far, for a reader that does not keep up.
-    #[must_use]
-    pub fn dropped(&self) -> u64 {
-        self.output.dropped()
+    pub fn new(host: SharedHostConsole) -> Self {
+        Self { host }
     }
 }
 
@@ -51,9 +32,9 @@ impl BusDevice for DebugConsole {
     }
 
     fn write(&mut self, _offset: u64, data: &[u8]) {
-        // Output keeps what the host does not take now, and counts what it drops.
-        let _ = self.output.write_all(data);
-        self.output.drain();
+        let mut host = lock(&self.host);
+        host.take(data);
+        host.send();
     }
 }
 
@@ -62,12 +43,13 @@ mod tests {
     use std::io::{self, Read};
 
     use super::*;
+    use crate::host_console::{HostConsole, HostOutput, HostSide};
 
     #[test]
     fn bytes_come_out_and_the_port_answers() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut console = DebugConsole::new(Output::from_fd(writer.into()).unwrap());
-        assert!(console.watch_fd().is_some());
+        let host = HostConsole::shared(HostSide::output(HostOutput::Fd(writer.into()))).unwrap();
+        let mut console = DebugConsole::new(host);
         console.write(0, b"stage0");
         console.write(0, b"\n");
         let mut byte = [0; 2];
@@ -76,18 +58,5 @@ mod tests {
         let mut got = [0; 7];
         reader.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"stage0\n");
-        // A reader that does not keep up loses what is beyond the bound, and holds nobody up.
-        for _ in 0..100_000 {
-            console.write(0, b"four");
-        }
-        assert!(console.dropped() > 0);
-        let kept = 400_000 - usize::try_from(console.dropped()).unwrap();
-        let mut got = vec![0; kept];
-        let mut have = 0;
-        while have < kept {
-            have += reader.read(&mut got[have..]).unwrap();
-            console.drain();
-        }
-        assert!(got[..65536].chunks(4).all(|four| four == b"four"));
     }
 }

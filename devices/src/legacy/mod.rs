@@ -10,7 +10,6 @@ pub mod hotplug;
 pub mod i8042;
 pub mod ioapic;
 pub mod memory_hotplug;
-pub mod output;
 pub mod pvpanic;
 pub mod serial;
 
@@ -23,7 +22,6 @@ pub use hotplug::{CpuHotplug, HotplugSink, PciHotplug};
 pub use i8042::I8042;
 pub use ioapic::IoApic;
 pub use memory_hotplug::{MemoryHotplug, MemoryHotplugError, PluggedMemory};
-pub use output::Output;
 pub use pvpanic::{GuestPanic, PanicSink, PvPanic};
 pub use serial::{Serial, SerialSubscriber};
 

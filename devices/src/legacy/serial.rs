@@ -1,24 +1,25 @@
-//! The 16550A serial port (vm-superio's) on an event loop: output through [`Output`], input from a descriptor that is
-//! read only while the port's FIFO has room. The end of the input ends nothing but the input.
+//! The 16550A serial port (vm-superio's) on a console of the host: output goes there at once, input comes as far as the
+//! port's FIFO has room, and more when the guest has read it.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde_json::{Value, json};
 use vm_superio::Trigger;
-use vm_superio::serial::{Serial as Uart, SerialEvents};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vm_superio::serial::{NoEvents, Serial as Uart};
 
-use super::output::Output;
 use crate::bus::BusDevice;
+use crate::host_console::SharedHostConsole;
 use crate::platform::IrqLine;
 use crate::sync::lock;
 
 /// Ports of the device.
 pub const SERIAL_SIZE: u64 = 8;
+/// Receiver buffer (16550 data sheet, table 1).
+const DATA: u8 = 0;
+/// Modem control, with the loopback bit.
+const MODEM_CONTROL: u8 = 4;
 
 struct Line(Arc<dyn IrqLine>);
 
@@ -30,42 +31,45 @@ impl Trigger for Line {
     }
 }
 
-/// Signals when the guest has read all input.
-struct Room(EventFd);
+/// The host's end as the UART writes to it, a byte at a time.
+struct Transmitter(SharedHostConsole);
 
-impl SerialEvents for Room {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
-    fn tx_lost_byte(&self) {}
-    fn in_buffer_empty(&self) {
-        // A full counter is a signal that is already there.
-        let _ = self.0.write(1);
+impl Write for Transmitter {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let mut host = lock(&self.0);
+        host.take(data);
+        host.send();
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
 /// The serial port.
 pub struct Serial {
-    uart: Uart<Line, Room, Output>,
-    room: EventFd,
-    input: Option<File>,
+    uart: Uart<Line, NoEvents, Transmitter>,
+    host: SharedHostConsole,
 }
 
 impl Serial {
-    /// A port on interrupt `line` that writes to `output` and reads `input`.
-    ///
-    /// # Errors
-    /// When no eventfd can be made.
-    pub fn new(line: Arc<dyn IrqLine>, output: Output, input: Option<OwnedFd>) -> io::Result<Self> {
-        let room = EventFd::new(EFD_NONBLOCK)?;
-        let uart = Uart::with_events(Line(line), Room(room.try_clone()?), output);
-        let input = input.map(File::from);
-        Ok(Self { uart, room, input })
+    /// A port on interrupt `line`, connected to `host`.
+    #[must_use]
+    pub fn new(line: Arc<dyn IrqLine>, host: SharedHostConsole) -> Self {
+        // A client that waits already hears the first byte.
+        lock(&host).on_ready();
+        let uart = Uart::with_events(Line(line), NoEvents, Transmitter(Arc::clone(&host)));
+        Self { uart, host }
     }
 
     /// Gives the guest `data` as input; returns how many bytes the FIFO took.
     pub fn feed(&mut self, data: &[u8]) -> usize {
         let room = self.uart.fifo_capacity();
         let part = data.get(..room.min(data.len())).unwrap_or(data);
+        if part.is_empty() {
+            return 0;
+        }
         match self.uart.enqueue_raw_bytes(part) {
             Ok(n) => n,
             Err(error) => {
@@ -75,31 +79,24 @@ impl Serial {
         }
     }
 
-    /// Reads what the FIFO has room for. False when the input has ended.
-    fn take_input(&mut self) -> bool {
-        let room = self.uart.fifo_capacity();
-        let Some(input) = &mut self.input else { return false };
-        let mut data = [0; 64];
-        let Some(part) = data.get_mut(..room.min(64)).filter(|p| !p.is_empty()) else {
-            return true;
-        };
-        match input.read(part) {
-            Ok(0) => false,
-            Ok(n) => {
-                self.feed(data.get(..n).unwrap_or_default());
-                true
+    /// Moves input that waits into the FIFO, as far as there is room.
+    fn take_input(&mut self) {
+        let host = Arc::clone(&self.host);
+        let mut host = lock(&host);
+        while !host.input().is_empty() {
+            let taken = self.feed(host.input().make_contiguous());
+            if taken == 0 {
+                // Full, or looped back by the driver.
+                return;
             }
-            Err(e) => matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock),
+            host.input().drain(..taken);
+            host.input_taken();
         }
     }
 
-    /// Hands over output that still waits.
-    pub fn drain(&mut self) {
-        self.uart.writer_mut().drain();
-    }
-
-    fn input_fd(&self) -> Option<RawFd> {
-        self.input.as_ref().map(AsRawFd::as_raw_fd)
+    fn on_ready(&mut self) {
+        lock(&self.host).on_ready();
+        self.take_input();
     }
 }
 
@@ -141,110 +138,60 @@ impl BusDevice for Serial {
         data.fill(0);
         if let (Ok(offset @ 0..8), Some(first)) = (u8::try_from(offset), data.first_mut()) {
             *first = self.uart.read(offset);
+            if offset == DATA {
+                self.take_input();
+            }
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let (Ok(offset @ 0..8), Some(first)) = (u8::try_from(offset), data.first())
-            && let Err(error) = self.uart.write(offset, *first)
-        {
-            tracing::debug!(?error, "serial port");
+        if let (Ok(offset @ 0..8), Some(first)) = (u8::try_from(offset), data.first()) {
+            if let Err(error) = self.uart.write(offset, *first) {
+                tracing::debug!(?error, "serial port");
+            }
+            if offset == MODEM_CONTROL {
+                // A driver that has ended its loopback test takes input again.
+                self.take_input();
+            }
         }
     }
 }
-
-/// What the loop reports.
-const INPUT: u32 = 0;
-const ROOM: u32 = 1;
-const WRITABLE: u32 = 2;
 
 /// The serial port as the event manager runs it; the port bus holds the same one.
-pub struct SerialSubscriber {
-    serial: Arc<Mutex<Serial>>,
-    watching: bool,
-}
-
-impl SerialSubscriber {
-    /// Runs `serial`.
-    #[must_use]
-    pub fn new(serial: Arc<Mutex<Serial>>) -> Self {
-        Self {
-            serial,
-            watching: false,
-        }
-    }
-
-    fn watch_input(&mut self, serial: &mut Serial, ops: &mut EventOps) {
-        if let Some(fd) = serial.input_fd().filter(|_| !self.watching) {
-            match ops.add(Events::with_data_raw(fd, INPUT, EventSet::IN)) {
-                Ok(()) => self.watching = true,
-                Err(error) => {
-                    tracing::debug!(?error, "serial input cannot be watched and is not read");
-                    serial.input = None;
-                }
-            }
-        }
-    }
-
-    fn unwatch_input(&mut self, serial: &Serial, ops: &mut EventOps) {
-        if let Some(fd) = serial.input_fd().filter(|_| self.watching) {
-            self.watching = false;
-            if let Err(error) = ops.remove(Events::with_data_raw(fd, INPUT, EventSet::IN)) {
-                tracing::warn!(?error, "serial input");
-            }
-        }
-    }
-}
+pub struct SerialSubscriber(pub Arc<Mutex<Serial>>);
 
 impl MutEventSubscriber for SerialSubscriber {
     fn init(&mut self, ops: &mut EventOps) {
-        let serial = Arc::clone(&self.serial);
-        let mut serial = lock(&serial);
-        if serial.input.is_some() {
-            if let Err(error) = ops.add(Events::with_data(&serial.room, ROOM, EventSet::IN)) {
-                tracing::error!(?error, "serial input will stop when the FIFO is full");
-            }
-            self.watch_input(&mut serial, ops);
+        let mut serial = lock(&self.0);
+        let fd = lock(&serial.host).fd();
+        if let Some(fd) = fd
+            && let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN))
+        {
+            tracing::error!(
+                ?error,
+                "the serial port has no input, and output goes with the next byte only"
+            );
         }
-        if let Some(fd) = serial.uart.writer().watch_fd() {
-            // Edges only: a console that takes everything wakes nobody.
-            let events = EventSet::OUT | EventSet::EDGE_TRIGGERED;
-            if let Err(error) = ops.add(Events::with_data_raw(fd, WRITABLE, events)) {
-                tracing::debug!(?error, "serial output is handed over with the next byte only");
-            }
-        }
+        // What was there before the loop watched.
+        serial.on_ready();
     }
 
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        let serial = Arc::clone(&self.serial);
-        let mut serial = lock(&serial);
-        match events.data() {
-            INPUT => {
-                if !serial.take_input() {
-                    self.unwatch_input(&serial, ops);
-                    serial.input = None;
-                } else if serial.uart.fifo_capacity() == 0 {
-                    self.unwatch_input(&serial, ops);
-                }
-            }
-            ROOM => {
-                // Nothing to read: an earlier wake-up took it.
-                let _ = serial.room.read();
-                self.watch_input(&mut serial, ops);
-            }
-            _ => serial.drain(),
-        }
+    fn process(&mut self, _: Events, _: &mut EventOps) {
+        lock(&self.0).on_ready();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
 
     use event_manager::{EventManager, SubscriberOps};
 
     use super::*;
+    use crate::host_console::{HostConsole, HostOutput, HostSide};
     use crate::mock::CountedLine;
+    use crate::unix_socket::PrivateListener;
 
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);
@@ -262,7 +209,8 @@ mod tests {
     fn bytes_come_out_and_odd_accesses_do_nothing() {
         let sink = Sink::default();
         let line = Arc::new(CountedLine::default());
-        let mut s = Serial::new(line.clone(), Output::new(Box::new(sink.clone())), None).unwrap();
+        let host = HostConsole::shared(HostSide::output(HostOutput::Writer(Box::new(sink.clone())))).unwrap();
+        let mut s = Serial::new(line.clone(), host);
         for b in b"pod: ready\n" {
             s.write(0, &[*b]);
         }
@@ -280,33 +228,76 @@ mod tests {
         assert!(line.count() > 0, "THR interrupt when it is enabled");
     }
 
+    fn piped() -> (io::PipeWriter, Arc<Mutex<Serial>>, EventManager<SerialSubscriber>) {
+        let (reader, writer) = io::pipe().unwrap();
+        let host = HostConsole::shared(HostSide::Streams {
+            output: HostOutput::Discard,
+            input: Some(reader.into()),
+        });
+        let serial = Serial::new(Arc::new(CountedLine::default()), host.unwrap());
+        let serial = Arc::new(Mutex::new(serial));
+        let mut manager = EventManager::<SerialSubscriber>::new().unwrap();
+        manager.add_subscriber(SerialSubscriber(Arc::clone(&serial)));
+        (writer, serial, manager)
+    }
+
+    /// Reads until the port has nothing more.
+    fn drain(s: &mut Serial, got: &mut Vec<u8>) {
+        let mut d = [0];
+        loop {
+            s.read(5, &mut d);
+            if d[0] & 1 == 0 {
+                return;
+            }
+            s.read(0, &mut d);
+            got.push(d[0]);
+        }
+    }
+
     #[test]
     fn input_waits_for_room_and_its_end_is_only_its_end() {
-        let (reader, mut writer) = io::pipe().unwrap();
-        let line = Arc::new(CountedLine::default());
-        let out = Output::new(Box::new(io::sink()));
-        let serial = Arc::new(Mutex::new(Serial::new(line, out, Some(reader.into())).unwrap()));
-        let mut manager = EventManager::<SerialSubscriber>::new().unwrap();
-        manager.add_subscriber(SerialSubscriber::new(Arc::clone(&serial)));
-        let sent: Vec<u8> = (0..200).collect();
+        let (mut writer, serial, mut manager) = piped();
+        let sent: Vec<u8> = (0..20_000u32).map(|i| (i % 251) as u8).collect();
         writer.write_all(&sent).unwrap();
         drop(writer);
         let mut got = Vec::new();
         while got.len() < sent.len() {
+            let before = got.len();
             while manager.run_with_timeout(0).unwrap() > 0 {}
-            let mut s = lock(&serial);
-            let mut d = [0];
-            s.read(5, &mut d);
-            assert_eq!(d[0] & 1, 1, "stuck after {} bytes", got.len());
-            while d[0] & 1 != 0 {
-                let mut byte = [0];
-                s.read(0, &mut byte);
-                got.push(byte[0]);
-                s.read(5, &mut d);
-            }
+            drain(&mut lock(&serial), &mut got);
+            assert!(got.len() > before, "stuck after {before} bytes");
         }
         assert_eq!(got, sent);
+        assert_eq!(manager.run_with_timeout(0).unwrap(), 0, "the loop rests");
+    }
+
+    #[test]
+    fn a_client_that_waits_hears_the_first_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serial");
+        let listener = PrivateListener::bind(&path).unwrap();
+        let host = HostConsole::shared(HostSide::Socket(listener)).unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        let mut s = Serial::new(Arc::new(CountedLine::default()), host);
+        s.write(0, b"!");
+        let mut got = [0];
+        client.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"!");
+    }
+
+    #[test]
+    fn input_during_the_drivers_loopback_test_waits_for_its_end() {
+        let (mut writer, serial, mut manager) = piped();
+        lock(&serial).write(4, &[0x10]);
+        writer.write_all(b"typed").unwrap();
         while manager.run_with_timeout(0).unwrap() > 0 {}
-        assert!(lock(&serial).input.is_none());
+        let mut got = Vec::new();
+        let mut s = lock(&serial);
+        s.write(0, b"L");
+        drain(&mut s, &mut got);
+        assert_eq!(got, b"L");
+        s.write(4, &[0]);
+        drain(&mut s, &mut got);
+        assert_eq!(got, b"Ltyped");
     }
 }

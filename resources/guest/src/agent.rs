@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use crate::pattern::Pattern;
 use crate::pod::Pod;
 use crate::vsock::{Id, State, Stream, Vsock};
-use crate::{fs, rng};
+use crate::{fs, platform, rng};
 
 /// The longest command line, without its line feed.
 const MAX_LINE: usize = 4095;
@@ -363,6 +363,9 @@ impl Agent {
             }
             (b"poweroff", []) => say(out, String::from("ok")).map(|_: Next| Next::PowerOff),
             (b"reset", []) => say(out, String::from("ok")).map(|_: Next| Next::Reset),
+            (b"port" | b"console" | b"watchdog" | b"panic" | b"serial-read" | b"console-read", words) => {
+                self.platform_command(name, words).and_then(|text| say(out, text))
+            }
             (name, words) if name.starts_with(b"blk-") => self.blk_command(name, words).and_then(|text| say(out, text)),
             _ => Err(String::from("unknown command or wrong number of arguments")),
         }
@@ -392,6 +395,37 @@ impl Agent {
             (b"blk-discard" | b"blk-zero", [sector, count]) => {
                 blk.clear(number(sector)?, sectors(count)?, name == b"blk-discard")?;
                 Ok(String::from("ok"))
+            }
+            _ => Err(String::from("unknown command or wrong number of arguments")),
+        }
+    }
+
+    fn platform_command(&mut self, name: &[u8], words: &[&[u8]]) -> Result<String, String> {
+        match (name, words) {
+            (b"port", [port, text]) => {
+                let port = u16::try_from(number(port)?).map_err(|_| "the port is too large")?;
+                platform::print_to_port(port, text);
+                Ok(String::from("ok"))
+            }
+            (b"console", [text]) => {
+                self.pod.console()?.print(text)?;
+                Ok(String::from("ok"))
+            }
+            (b"console-read", [count]) => {
+                let count = number(count)? as usize;
+                Ok(format!("ok {}", hex(&self.pod.console()?.typed(count)?)))
+            }
+            (b"serial-read", [count]) => {
+                let count = number(count)? as usize;
+                Ok(format!("ok {}", hex(&platform::serial_typed(count)?)))
+            }
+            (b"watchdog", []) => {
+                self.pod.watchdog()?.ping()?;
+                Ok(String::from("ok"))
+            }
+            (b"panic", [events]) => {
+                let events = u8::try_from(number(events)?).map_err(|_| "more than a byte of events")?;
+                Ok(format!("ok known={}", self.pod.panic(events)?))
             }
             _ => Err(String::from("unknown command or wrong number of arguments")),
         }

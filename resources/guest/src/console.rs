@@ -32,6 +32,12 @@ pub fn port_write(port: u16, value: u8) {
     }
 }
 
+/// Reads a byte from a port; None where that instruction would fault (SEV-SNP hardware).
+#[must_use]
+pub fn port_read(port: u16) -> Option<u8> {
+    (!BY_GHCB.load(Ordering::Relaxed)).then(|| ring0::in8(port))
+}
+
 /// Prints `pod: <message>` and a line end.
 pub fn say(message: fmt::Arguments<'_>) {
     let _ = writeln!(Serial, "pod: {message}");

@@ -19,6 +19,7 @@ pub mod paging;
 pub mod params;
 pub mod pattern;
 pub mod pci;
+pub mod platform;
 pub mod pod;
 pub mod report;
 pub mod ring0;
@@ -88,6 +89,8 @@ fn boot(heap: &memory::Heap, start: &Start) -> Result<(), &'static str> {
         blk: None,
         fs: None,
         rng: None,
+        console: None,
+        watchdog: None,
         reporter: None,
     };
     let function = pod.function(pod::device_type::VSOCK).ok_or("no socket device")?;

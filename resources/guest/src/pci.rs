@@ -6,9 +6,12 @@ use alloc::vec::Vec;
 use crate::layout;
 use crate::mmio::Registers;
 use crate::paging::PageTables;
+use crate::pod::device_type;
 
 const VIRTIO_VENDOR: u32 = 0x1AF4;
 const VIRTIO_MODERN: u32 = 0x1040;
+/// Device and vendor of pvpanic.
+const PVPANIC: u32 = 0x0011_1B36;
 const SLOTS: u64 = 32;
 const FUNCTION_SPAN: u64 = 1 << 15;
 const COMMAND: u64 = 0x04;
@@ -23,7 +26,7 @@ const COMMAND_ON: u16 = 0x406;
 #[derive(Clone, Copy, Debug)]
 pub struct Function {
     registers: Registers,
-    /// Virtio device type.
+    /// Virtio device type, or `device_type::PVPANIC`.
     pub kind: u16,
 }
 
@@ -51,7 +54,7 @@ pub struct Blocks {
     msix_capability: u64,
 }
 
-/// The virtio devices of bus 0.
+/// The virtio devices of bus 0, and pvpanic.
 #[must_use]
 pub fn scan(tables: &PageTables) -> Vec<Function> {
     let mut found = Vec::new();
@@ -64,6 +67,12 @@ pub fn scan(tables: &PageTables) -> Vec<Function> {
             found.push(Function {
                 registers,
                 kind: ((id >> 16) - VIRTIO_MODERN) as u16,
+            });
+        }
+        if id == PVPANIC {
+            found.push(Function {
+                registers,
+                kind: device_type::PVPANIC,
             });
         }
     }
@@ -123,6 +132,15 @@ impl Function {
             msix: block(msix, 16).ok_or(missing)?,
             msix_capability,
         })
+    }
+
+    /// Switches a device on that is no virtio device, and maps the first `len` bytes of its first BAR.
+    ///
+    /// # Errors
+    /// When the BAR is not where devices may be.
+    pub fn memory(&self, tables: &PageTables, len: u64) -> Result<Registers, &'static str> {
+        self.registers.set(COMMAND, COMMAND_ON);
+        Registers::map(tables, self.bar(0), len).ok_or("a BAR is not where devices may be")
     }
 
     fn place(&self, capability: u64) -> Place {

@@ -12,6 +12,7 @@ use crate::paging::PageTables;
 use crate::params::Parameters;
 use crate::pattern::Pattern;
 use crate::pci::Function;
+use crate::platform::{Console, Watchdog};
 use crate::report::{Report, Reporter};
 use crate::rng::Rng;
 use crate::snp::Pages;
@@ -23,12 +24,18 @@ const PAGE: usize = 4096;
 pub mod device_type {
     /// Block.
     pub const BLK: u16 = 2;
+    /// Console.
+    pub const CONSOLE: u16 = 3;
     /// Entropy.
     pub const RNG: u16 = 4;
     /// Socket.
     pub const VSOCK: u16 = 19;
     /// File system.
     pub const FS: u16 = 26;
+    /// Watchdog, as Cloud Hypervisor numbers it.
+    pub const WATCHDOG: u16 = 35;
+    /// No virtio device: pvpanic.
+    pub const PVPANIC: u16 = u16::MAX;
 }
 
 /// The machine as the agent uses it.
@@ -51,6 +58,10 @@ pub struct Pod {
     pub fs: Option<Client>,
     /// The entropy device, once used.
     pub rng: Option<Rng>,
+    /// The virtio console, once used.
+    pub console: Option<Console>,
+    /// The watchdog, once used.
+    pub watchdog: Option<Watchdog>,
     /// The pages of guest requests, once used.
     pub reporter: Option<Reporter>,
 }
@@ -120,6 +131,42 @@ impl Pod {
             self.rng = Some(Rng::start(&function, &self.tables, &self.window)?);
         }
         self.rng.as_mut().ok_or("no entropy device")
+    }
+
+    /// The virtio console.
+    ///
+    /// # Errors
+    /// When there is none or it does not come up.
+    pub fn console(&mut self) -> Result<&mut Console, &'static str> {
+        if self.console.is_none() {
+            let function = self.function(device_type::CONSOLE).ok_or("no console")?;
+            self.console = Some(Console::start(&function, &self.tables, &self.window)?);
+        }
+        self.console.as_mut().ok_or("no console")
+    }
+
+    /// The watchdog.
+    ///
+    /// # Errors
+    /// When there is none or it does not come up.
+    pub fn watchdog(&mut self) -> Result<&mut Watchdog, &'static str> {
+        if self.watchdog.is_none() {
+            let function = self.function(device_type::WATCHDOG).ok_or("no watchdog")?;
+            self.watchdog = Some(Watchdog::start(&function, &self.tables, &self.window)?);
+        }
+        self.watchdog.as_mut().ok_or("no watchdog")
+    }
+
+    /// Tells the monitor of panic `events`; what it knows of.
+    ///
+    /// # Errors
+    /// When there is no pvpanic.
+    pub fn panic(&mut self, events: u8) -> Result<u8, &'static str> {
+        let function = self.function(device_type::PVPANIC).ok_or("no pvpanic")?;
+        let register = function.memory(&self.tables, 1)?;
+        let known = register.get(0);
+        register.set(0, events);
+        Ok(known)
     }
 
     /// An attestation report over `data`.

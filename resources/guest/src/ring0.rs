@@ -79,6 +79,15 @@ pub fn out8(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// Reads a byte from an I/O port.
+#[must_use]
+pub fn in8(port: u16) -> u8 {
+    let value: u8;
+    // SAFETY: port I/O reaches devices only.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
 /// The time-stamp counter.
 #[must_use]
 pub fn rdtsc() -> u64 {

@@ -185,12 +185,21 @@ pub(crate) struct RunArgs {
     /// Entropy source: src=FILE
     #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
     pub(crate) rng: Option<String>,
-    /// Serial port: off|null|tty|file=FILE
+    /// Serial port: off|null|tty|pty|file=FILE|socket=PATH
     #[arg(long, value_name = "MODE", help_heading = "Devices")]
     pub(crate) serial: Option<String>,
-    /// Virtio console: off|null|tty|file=FILE
+    /// Virtio console: off|null|tty|pty|file=FILE|socket=PATH
     #[arg(long, value_name = "MODE", help_heading = "Devices")]
     pub(crate) console: Option<String>,
+    /// Debug port: off|null|tty|pty|file=FILE[,iobase=PORT]
+    #[arg(long, value_name = "MODE", help_heading = "Devices")]
+    pub(crate) debug_console: Option<String>,
+    /// A watchdog (virtio): a guest that stops feeding it is reset.
+    #[arg(long, help_heading = "Devices")]
+    pub(crate) watchdog: bool,
+    /// A device by which a guest tells that its kernel panicked.
+    #[arg(long, help_heading = "Devices")]
+    pub(crate) pvpanic: bool,
     /// System calls that the monitor has no use for: true ends it, errno lets them fail, log only logs them, false allows all.
     #[arg(long, value_enum, default_value_t = Seccomp::True)]
     pub(crate) seccomp: Seccomp,
@@ -344,6 +353,11 @@ impl RunArgs {
         if let Some(text) = &self.console {
             config.console = section("--console", text)?;
         }
+        if let Some(text) = &self.debug_console {
+            config.debug_console = section("--debug-console", text)?;
+        }
+        config.watchdog = self.watchdog;
+        config.pvpanic = self.pvpanic;
         let payload = PayloadConfig {
             kernel: self.kernel.clone(),
             igvm: self.igvm.clone(),
@@ -372,7 +386,10 @@ impl RunArgs {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use clap::CommandFactory;
+    use podvisor_api::types::ConsoleMode;
 
     use super::*;
 
@@ -441,6 +458,32 @@ mod tests {
         assert_eq!(config.pmem.unwrap()[0].size, Some(2 << 20));
         assert_eq!(config.balloon.unwrap().size, 1 << 20);
         assert_eq!(config.pci_segments.unwrap()[0].mmio32_aperture_weight, 1);
+    }
+
+    #[test]
+    fn consoles_and_small_devices_are_cloud_hypervisors() {
+        let args = [
+            "--kernel",
+            "k",
+            "--serial",
+            "socket=/run/s",
+            "--console",
+            "pty",
+            "--debug-console",
+            "file=/tmp/debug,iobase=0x402",
+            "--watchdog",
+            "--pvpanic",
+        ];
+        let config = parse(&args).config().unwrap().unwrap();
+        assert_eq!(config.serial.mode, ConsoleMode::Socket);
+        assert_eq!(config.serial.socket.as_deref(), Some(Path::new("/run/s")));
+        assert_eq!(config.console.mode, ConsoleMode::Pty);
+        assert_eq!(config.debug_console.mode, ConsoleMode::File);
+        assert_eq!(config.debug_console.iobase, Some(0x402));
+        assert!(config.watchdog && config.pvpanic);
+        assert!(!VmConfig::default().watchdog);
+        let error = parse(&["--kernel", "k", "--serial", "loud"]).config().unwrap_err();
+        assert!(error.to_string().contains("--serial loud"), "{error}");
     }
 
     #[test]

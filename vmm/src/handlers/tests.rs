@@ -167,7 +167,7 @@ fn bad_configurations_are_400_and_name_the_field() {
         ),
         (format!(r#"{{{payload},"memory":{{"size":4097}}}}"#), "memory.size"),
         (format!(r#"{{{payload},"serial":{{"mode":"File"}}}}"#), "serial"),
-        (format!(r#"{{{payload},"watchdog":true}}"#), "watchdog"),
+        (format!(r#"{{{payload},"iommu":true}}"#), "iommu"),
         (
             format!(r#"{{{payload},"platform":{{"isolation":"secret"}}}}"#),
             "isolation",

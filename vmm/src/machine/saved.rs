@@ -12,12 +12,11 @@ use podvisor_devices::virtio::state::TransportState;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{BootError, BootTimings, Chipset, DeviceInfo, During, Growth, Machine, Subscribers};
+use super::{BootError, BootTimings, Chipset, DeviceInfo, During, Growth, Machine, Outside, Subscribers};
 use crate::config::PodPlan;
 use crate::memory::GuestRam;
-use crate::telling::Telling;
 use crate::vcpu::state::VcpuState;
-use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
+use crate::vcpu::{VcpuContext, Vcpus};
 
 /// The state of a machine without its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -32,6 +31,9 @@ pub struct MachineState {
     devices: Vec<DeviceState>,
     /// How many descriptors devices were given from outside, by their names.
     pub descriptors: BTreeMap<String, usize>,
+    /// The settings of pvpanic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pvpanic: Option<Vec<u8>>,
     /// Bytes of RAM.
     pub memory: u64,
 }
@@ -162,6 +164,7 @@ impl Machine {
             mmio: save_bus(&self.chipset.buses.mmio),
             devices,
             descriptors: BTreeMap::new(),
+            pvpanic: self.extras.save(),
             memory: self.ram.size(),
         })
     }
@@ -178,8 +181,7 @@ impl Machine {
     /// When the state is not that of a machine of this plan; everything that was made is gone then.
     pub fn restore(
         plan: &PodPlan,
-        exit: &Arc<ExitSignal>,
-        telling: &Telling,
+        outside: Outside<'_>,
         state: MachineState,
         memory: &File,
     ) -> Result<(Self, Subscribers), BootError> {
@@ -198,11 +200,13 @@ impl Machine {
         let acpi = super::acpi_machine(plan, cpuid.phys_bits());
         let ram = GuestRam::from_file(plan.memory, &plan.ram, memory).during("guest memory")?;
         let vm = super::create_plain_vm(&kvm, &ram)?;
-        let fds = super::create_vcpus(&vm, plan.vcpus, &cpuid, telling)?;
-        let (chipset, plug, mut devices, subscribers) =
-            super::add_devices(plan, &vm, &acpi, &ram, None, exit, telling)?;
-        restore_bus(&chipset.buses.pio, "pio", state.pio)?;
-        restore_bus(&chipset.buses.mmio, "mmio", state.mmio)?;
+        let fds = super::create_vcpus(&vm, plan.vcpus, &cpuid, outside.telling)?;
+        let mut parts = super::add_devices(plan, &vm, &acpi, &ram, None, outside)?;
+        restore_bus(&parts.chipset.buses.pio, "pio", state.pio)?;
+        restore_bus(&parts.chipset.buses.mmio, "mmio", state.mmio)?;
+        // Before the watchdog has its state: no time passes for a paused pod.
+        parts.extras.set_paused(true);
+        parts.extras.restore(&parts.chipset, state.pvpanic.as_deref())?;
         vm.set_clock(&kvm_clock_data {
             clock: state.clock,
             ..Default::default()
@@ -211,24 +215,25 @@ impl Machine {
         for (index, (fd, vcpu)) in fds.iter().zip(&state.vcpus).enumerate() {
             vcpu.write(fd).during(format!("vCPU {index}"))?;
         }
-        if devices.len() != state.devices.len() {
+        if parts.devices.len() != state.devices.len() {
             return Err(BootError::new(format!(
                 "config.json has {} devices, state.json {}: the list of devices cannot be edited",
-                devices.len(),
+                parts.devices.len(),
                 state.devices.len()
             )));
         }
+        let (chipset, devices) = (&parts.chipset, &mut parts.devices);
         devices.sort_by_key(|device| state.devices.iter().position(|saved| saved.id == device.id));
         // After the vCPUs: what may have been on its way is raised again.
-        for device in &devices {
+        for device in devices {
             let saved = state.devices.iter().find(|saved| saved.id == device.id);
             let saved = saved.ok_or_else(|| BootError::new(format!("state.json has no {}", device.name())))?;
-            device.restore(&chipset, saved)?;
+            device.restore(chipset, saved)?;
         }
         let context = VcpuContext {
             io: Arc::clone(&chipset.buses) as _,
             processor: None,
-            exit: Arc::clone(exit),
+            exit: Arc::clone(outside.exit),
         };
         let vcpus = Vcpus::start_paused(fds, &context).during("starting vCPU threads")?;
         let total = start.elapsed();
@@ -239,14 +244,15 @@ impl Machine {
         };
         let machine = Self {
             vcpus,
-            devices,
-            chipset,
-            plug,
+            devices: parts.devices,
+            chipset: parts.chipset,
+            plug: parts.plug,
+            extras: parts.extras,
             confidential: None,
-            growth: Growth::new(plan, cpuid, telling),
+            growth: Growth::new(plan, cpuid, outside.telling),
             timings,
             ram,
         };
-        Ok((machine, subscribers))
+        Ok((machine, parts.subscribers))
     }
 }

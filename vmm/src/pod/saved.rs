@@ -10,7 +10,8 @@ use podvisor_api::types::{Isolation, RestoreConfig, VmConfig};
 
 use super::{Events, Pod, PodError, PodSlot, Running};
 use crate::config::{Descriptors, PodPlan};
-use crate::machine::{BootError, Machine};
+use crate::consoles::Consoles;
+use crate::machine::{BootError, Machine, Outside};
 use crate::snapshot;
 
 impl PodSlot {
@@ -56,9 +57,15 @@ impl PodSlot {
                 "config.json: a confidential pod has no snapshot that could be restored",
             )));
         }
+        let consoles = Consoles::open(&mut plan.config)?;
         self.telling.vm(What::Restoring);
-        let (machine, subscribers) = Machine::restore(&plan, &self.exit, &self.telling, saved.state, &saved.memory)
-            .map_err(PodError::Unsaved)?;
+        let outside = Outside {
+            exit: &self.exit,
+            telling: &self.telling,
+            consoles: &consoles,
+        };
+        let (machine, subscribers) =
+            Machine::restore(&plan, outside, saved.state, &saved.memory).map_err(PodError::Unsaved)?;
         let subscribers = subscribers
             .into_iter()
             .map(|(place, s)| (place, events.add_subscriber(s)))
@@ -69,6 +76,7 @@ impl PodSlot {
             plan,
             timings: Some(machine.timings()),
             running: Some(Running { machine, subscribers }),
+            consoles,
         });
         self.telling.vm(What::Restored);
         if wanted.resume { self.resume() } else { Ok(()) }

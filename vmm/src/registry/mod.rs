@@ -2,8 +2,8 @@
 //! [`KINDS`]. The machine puts them on PCI without knowing what they are.
 
 mod balloon;
-mod console;
 mod disk;
+pub(crate) mod fixed;
 mod fs;
 mod limits;
 mod net;
@@ -20,7 +20,6 @@ use podvisor_devices::platform::FileMapper;
 use podvisor_devices::virtio::balloon::BalloonHandle;
 use podvisor_devices::virtio::device::VirtioDevice;
 
-pub(crate) use self::console::{open_output, stdin, stdout, unsupported_mode};
 pub use self::net::AddedNet;
 use crate::config::Descriptors;
 use crate::memory::GuestRam;
@@ -87,9 +86,8 @@ pub struct Kind {
     pub take_out: fn(&mut VmConfig, &str),
 }
 
-/// All kinds, in the order of their PCI slots. A new device is a line here.
+/// All kinds, in the order of their PCI slots, behind the console. A new device is a line here.
 const KINDS: &[Kind] = &[
-    console::KIND,
     disk::KIND,
     net::KIND,
     rng::KIND,
@@ -113,9 +111,8 @@ pub fn devices(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, Regi
 
 /// The system calls that the devices of all kinds make: any of them may be plugged in later.
 pub fn syscalls() -> impl Iterator<Item = i64> {
-    KINDS
-        .iter()
-        .flat_map(|kind| kind.syscalls.iter().copied().flatten().copied())
+    let lists = KINDS.iter().flat_map(|kind| kind.syscalls).chain(fixed::SYSCALLS);
+    lists.copied().flatten().copied()
 }
 
 /// A device that is added to a pod: before its boot to the configuration, afterwards to the machine too.

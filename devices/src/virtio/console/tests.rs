@@ -2,16 +2,21 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use super::host::{MAX_INPUT, MAX_OUTPUT};
 use super::*;
+use crate::host_console::{HostOutput, HostSide, MAX_INPUT, MAX_OUTPUT};
 use crate::virtio::testing::{Buf, Harness, RawBuf};
 
-fn harness(output: ConsoleOutput, input: Option<OwnedFd>) -> Harness<Console> {
-    let mut h = Harness::new(Console::new(output, input, None).unwrap());
+fn console(output: HostOutput, input: Option<OwnedFd>, size: Option<(u16, u16)>) -> Console {
+    let host = HostConsole::shared(HostSide::Streams { output, input }).unwrap();
+    Console::new(host, size).unwrap()
+}
+
+fn harness(output: HostOutput, input: Option<OwnedFd>) -> Harness<Console> {
+    let mut h = Harness::new(console(output, input, None));
     h.activate().unwrap();
     settle(&mut h);
     h
@@ -54,7 +59,7 @@ impl Write for Shared {
 #[test]
 fn output_reaches_the_writer_in_order() {
     let sink = Shared::default();
-    let mut h = harness(ConsoleOutput::Writer(Box::new(sink.clone())), None);
+    let mut h = harness(HostOutput::Writer(Box::new(sink.clone())), None);
     h.push(TRANSMIT, &[Buf::Read(b"hello "), Buf::Read(b""), Buf::Read(b"pod")]);
     h.push_indirect(TRANSMIT, &[Buf::Read(b"\n"), Buf::Write(5), Buf::Read(b"second")]);
     h.kick(TRANSMIT).unwrap();
@@ -70,7 +75,7 @@ fn output_reaches_the_writer_in_order() {
 #[test]
 fn a_reader_that_does_not_read_costs_bytes_and_no_time() {
     let (mut reader, writer) = io::pipe().unwrap();
-    let mut h = harness(ConsoleOutput::Fd(writer.into()), None);
+    let mut h = harness(HostOutput::Fd(writer.into()), None);
     let mut sent = Vec::new();
     for i in 0..100_u8 {
         let bytes = vec![i; 8192];
@@ -97,44 +102,9 @@ fn a_reader_that_does_not_read_costs_bytes_and_no_time() {
 }
 
 #[test]
-fn the_shared_pipe_itself_stays_blocking() {
-    let (_reader, writer) = io::pipe().unwrap();
-    let kept = writer.try_clone().unwrap();
-    let _h = harness(ConsoleOutput::Fd(writer.into()), None);
-    let flags = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", kept.as_raw_fd())).unwrap();
-    let flags = flags.lines().find_map(|l| l.strip_prefix("flags:")).unwrap().trim();
-    assert_eq!(i32::from_str_radix(flags, 8).unwrap() & libc::O_NONBLOCK, 0);
-}
-
-#[test]
-fn a_reader_that_is_gone_does_not_end_the_console() {
-    let (reader, writer) = io::pipe().unwrap();
-    let mut h = harness(ConsoleOutput::Fd(writer.into()), None);
-    drop(reader);
-    send(&mut h, b"lost");
-    settle(&mut h);
-    assert_eq!(counter(&h, "output_dropped_bytes"), 4);
-    send(&mut h, b"lost too");
-    assert_eq!(counter(&h, "output_dropped_bytes"), 12);
-}
-
-#[test]
-fn a_log_file_is_appended_where_it_stands() {
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(b"before|").unwrap();
-    let mut h = harness(ConsoleOutput::Fd(file.try_clone().unwrap().into()), None);
-    send(&mut h, b"console");
-    settle(&mut h);
-    file.seek(SeekFrom::Start(0)).unwrap();
-    let mut text = String::new();
-    file.read_to_string(&mut text).unwrap();
-    assert_eq!(text, "before|console");
-}
-
-#[test]
 fn input_waits_for_buffers_and_buffers_for_input() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
-    let mut h = harness(ConsoleOutput::Discard, Some(ours.into()));
+    let mut h = harness(HostOutput::Discard, Some(ours.into()));
     // Buffers first.
     h.push(RECEIVE, &[Buf::Write(3), Buf::Write(100)]);
     h.push(RECEIVE, &[Buf::Write(8)]);
@@ -163,7 +133,7 @@ fn input_waits_for_buffers_and_buffers_for_input() {
 fn input_without_a_driver_is_bounded_and_nothing_is_lost() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let mut h = Harness::new(Console::new(ConsoleOutput::Discard, Some(ours.into()), None).unwrap());
+    let mut h = Harness::new(console(HostOutput::Discard, Some(ours.into()), None));
     let mut sent = 0_usize;
     while let Ok(n) = theirs.write(&pattern(sent, 1000)) {
         sent += n;
@@ -196,7 +166,7 @@ fn the_end_of_input_ends_the_input_only() {
         OwnedFd::from(ours)
     }] {
         let sink = Shared::default();
-        let mut h = harness(ConsoleOutput::Writer(Box::new(sink.clone())), Some(input));
+        let mut h = harness(HostOutput::Writer(Box::new(sink.clone())), Some(input));
         h.push(RECEIVE, &[Buf::Write(100)]);
         h.kick(RECEIVE).unwrap();
         settle(&mut h);
@@ -212,7 +182,7 @@ fn a_file_as_input_is_read_whole() {
     let content = pattern(0, 3 * MAX_INPUT + 77);
     file.write_all(&content).unwrap();
     file.seek(SeekFrom::Start(0)).unwrap();
-    let mut h = harness(ConsoleOutput::Discard, Some(file.into()));
+    let mut h = harness(HostOutput::Discard, Some(file.into()));
     let mut got: Vec<u8> = Vec::new();
     for _ in 0..30 {
         h.push(RECEIVE, &[Buf::Write(1000)]);
@@ -229,7 +199,7 @@ fn a_file_as_input_is_read_whole() {
 fn private_pages_are_refused_and_the_console_goes_on() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let sink = Shared::default();
-    let mut h = harness(ConsoleOutput::Writer(Box::new(sink.clone())), Some(ours.into()));
+    let mut h = harness(HostOutput::Writer(Box::new(sink.clone())), Some(ours.into()));
     let secret = h.alloc(4096);
     h.write(secret, &[0x5A; 4096]);
     h.gate.make_private(secret, 4096);
@@ -267,7 +237,7 @@ fn private_pages_are_refused_and_the_console_goes_on() {
 #[test]
 fn an_oversized_chain_is_cut() {
     let sink = Shared::default();
-    let mut h = harness(ConsoleOutput::Writer(Box::new(sink.clone())), None);
+    let mut h = harness(HostOutput::Writer(Box::new(sink.clone())), None);
     let gpa = h.alloc(1 << 20);
     let huge = RawBuf {
         gpa,
@@ -282,7 +252,7 @@ fn an_oversized_chain_is_cut() {
 
 #[test]
 fn the_size_is_told_and_changed() {
-    let mut h = Harness::new(Console::new(ConsoleOutput::Discard, None, Some((80, 25))).unwrap());
+    let mut h = Harness::new(console(HostOutput::Discard, None, Some((80, 25))));
     assert_eq!(h.device.features() & 1, 1);
     h.activate().unwrap();
     let mut data = [0xFF; 6];
@@ -299,6 +269,6 @@ fn the_size_is_told_and_changed() {
     h.reset();
     h.kick(TRANSMIT).unwrap();
     h.device.on_event(0).unwrap();
-    let plain = Console::new(ConsoleOutput::Discard, None, None).unwrap();
+    let plain = console(HostOutput::Discard, None, None);
     assert_eq!(plain.features() & 1, 0);
 }

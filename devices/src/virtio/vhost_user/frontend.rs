@@ -22,7 +22,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::table::{self, Region, user_address};
 use super::{ANSWER_LIMIT, CONNECT_LIMIT, VhostUserError};
 use crate::memory::PodMemory;
-use crate::virtio::vsock::sys;
+use crate::unix_socket::sys;
 
 /// Request, flags, size of the body.
 const HEADER: usize = 12;

@@ -307,7 +307,7 @@ fn a_listener_that_does_not_accept_is_an_error() {
     let _listener = UnixListener::bind(&path).unwrap();
     // Clients until its backlog is full; a connect that waits would wait for ever now.
     let mut waiting = Vec::new();
-    while let Ok(client) = crate::virtio::vsock::sys::connect(&path) {
+    while let Ok(client) = crate::unix_socket::sys::connect(&path) {
         waiting.push(client);
     }
     let error = VhostUser::fs(&VhostUserFsOptions::new("t".into(), path))

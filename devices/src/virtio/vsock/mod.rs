@@ -7,7 +7,7 @@ mod connection;
 mod handshake;
 mod muxer;
 mod packet;
-pub(super) mod sys;
+mod sys;
 #[cfg(test)]
 mod tests;
 

@@ -7,8 +7,7 @@ use std::ffi::OsString;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,7 @@ use super::packet::{
 };
 use super::{VsockError, VsockOptions, sys};
 use crate::memory::PodMemory;
+use crate::unix_socket::{self, PrivateListener};
 
 /// Connections of one guest, those in their handshake included (Cloud Hypervisor's number).
 pub(super) const MAX_CONNECTIONS: usize = 1023;
@@ -72,10 +72,8 @@ struct Entry {
 pub(super) struct Muxer {
     cid: u64,
     path: PathBuf,
-    /// Device and inode of our socket file: only that one is removed.
-    file: (u64, u64),
     timeout: Duration,
-    listener: UnixListener,
+    listener: PrivateListener,
     /// Whether the listener is in the epoll set.
     accepting: bool,
     active: bool,
@@ -94,33 +92,6 @@ pub(super) struct Muxer {
     pub(super) counters: Counters,
 }
 
-/// Removes the socket file that a dead process left at `path`.
-fn remove_stale(path: &Path) -> Result<(), VsockError> {
-    let in_use = |source| VsockError::Socket {
-        path: path.to_owned(),
-        source,
-    };
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(in_use(error)),
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(in_use(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "a file that is not a socket is there",
-            )));
-        }
-        Ok(_) => {}
-    }
-    match sys::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path).map_err(in_use),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        _ => Err(in_use(io::Error::new(
-            io::ErrorKind::AddrInUse,
-            "another process listens there",
-        ))),
-    }
-}
-
 impl Muxer {
     /// Makes the listening socket; nothing is taken from it before [`Muxer::start`].
     pub(super) fn new(options: VsockOptions) -> Result<Self, VsockError> {
@@ -134,16 +105,12 @@ impl Muxer {
                 .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))
                 .map_err(host("epoll_ctl"))?;
         }
-        remove_stale(&path)?;
-        let socket = |source| VsockError::Socket {
+        let listener = PrivateListener::bind(&path).map_err(|source| VsockError::Socket {
             path: path.clone(),
             source,
-        };
-        let listener = sys::listen_private(&path).map_err(socket)?;
-        let meta = std::fs::symlink_metadata(&path).map_err(socket)?;
+        })?;
         Ok(Self {
             cid: options.cid,
-            file: (meta.dev(), meta.ino()),
             path,
             timeout: options.handshake_timeout,
             listener,
@@ -246,7 +213,7 @@ impl Muxer {
     fn accept(&mut self) {
         for _ in 0..ROUND {
             let stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
+                Ok(stream) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED)) => continue,
                 Err(error) => {
@@ -506,7 +473,7 @@ impl Muxer {
         path.push(format!("_{}", key.host));
         let id = self.new_id();
         if self.open_count() < MAX_CONNECTIONS
-            && let Ok(stream) = sys::connect(Path::new(&path))
+            && let Ok(stream) = unix_socket::sys::connect(Path::new(&path))
             && self.watch(&stream, id)
         {
             self.insert(id, Connection::from_guest(key, self.cid, request), stream, None);
@@ -672,15 +639,6 @@ impl Muxer {
                 entry.connection.shut_down(SHUTDOWN_BOTH);
                 None
             }
-        }
-    }
-}
-
-impl Drop for Muxer {
-    fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.file);
-        if ours && let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(%error, path = %self.path.display(), "vsock: cannot remove the socket");
         }
     }
 }

@@ -1,12 +1,11 @@
 //! virtio-console (virtio 1.2 5.3): one port, no multiport. Output never waits for its reader and input never
-//! outruns the driver; the descriptors of the host are in `console/host.rs`.
+//! outruns the driver; the host's side is a [`HostConsole`].
 
-mod host;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -14,12 +13,13 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
 use vm_memory::Bytes;
+use vmm_sys_util::eventfd::EventFd;
 
-use self::host::HostEnd;
-pub use self::host::{ConsoleOutput, nonblocking};
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
 use super::state::StateError;
+use crate::host_console::{HostConsole, SharedHostConsole};
 use crate::memory::PodMemory;
+use crate::sync::lock;
 
 /// Size of the two queues.
 const QUEUE_SIZE: u16 = 64;
@@ -38,7 +38,9 @@ const PIECE: usize = 4096;
 
 /// A virtio console.
 pub struct Console {
-    host: HostEnd,
+    host: SharedHostConsole,
+    /// Asks the event loop for another turn.
+    again: EventFd,
     /// Columns and rows, if the driver is told.
     size: Option<(u16, u16)>,
     active: Option<Active>,
@@ -55,15 +57,16 @@ struct Active {
 }
 
 impl Console {
-    /// A console that writes to `output` and reads from `input`; `size` (columns, rows) is told to the driver. The
-    /// end of the input closes the input only. A pseudo-terminal whose other side nobody has open reads as ended:
-    /// keep it open.
+    /// A console that writes to `host` and reads from it; `size` (columns, rows) is told to the driver.
     ///
     /// # Errors
-    /// When a descriptor cannot be made non-blocking, or there are no descriptors left.
-    pub fn new(output: ConsoleOutput, input: Option<OwnedFd>, size: Option<(u16, u16)>) -> io::Result<Self> {
+    /// When there are no descriptors left.
+    pub fn new(host: SharedHostConsole, size: Option<(u16, u16)>) -> io::Result<Self> {
+        // A client that waits already hears the first byte.
+        lock(&host).on_ready();
         Ok(Self {
-            host: HostEnd::new(output, input)?,
+            host,
+            again: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             size,
             active: None,
             output_bytes: 0,
@@ -101,20 +104,23 @@ impl Console {
         else {
             return Ok(());
         };
+        let mut host = lock(&self.host);
         let mut used = false;
+        let mut buffers = true;
         // Bounded by the input: each turn takes bytes of it, or a buffer that the driver wasted.
         let mut budget = u32::from(queue.size()).saturating_mul(2);
-        while !self.host.input().is_empty() && budget > 0 {
+        while !host.input().is_empty() && budget > 0 {
             queue.disable_notification(memory)?;
             let Some(chain) = queue.pop(memory)? else {
                 if queue.enable_notification(memory)? {
                     continue;
                 }
+                buffers = false;
                 break;
             };
             budget = budget.saturating_sub(1);
             let head = chain.head_index();
-            let len = give(memory, chain, &mut self.host);
+            let len = give(memory, chain, &mut host);
             if len == 0 {
                 self.failed_chains = self.failed_chains.saturating_add(1);
             }
@@ -122,10 +128,10 @@ impl Console {
             queue.add_used(memory, head, len)?;
             used = true;
         }
-        if budget == 0 {
-            self.host.come_again();
+        host.input_taken();
+        if buffers && !host.input().is_empty() {
+            come_again(&self.again);
         }
-        self.host.input_taken();
         if used { queue.signal(memory) } else { Ok(()) }
     }
 
@@ -139,13 +145,14 @@ impl Console {
         else {
             return Ok(());
         };
+        let mut host = lock(&self.host);
         let mut budget = u32::from(queue.size()).saturating_mul(2);
         let mut used = false;
         'all: loop {
             queue.disable_notification(memory)?;
             while let Some(chain) = queue.pop(memory)? {
                 let head = chain.head_index();
-                match collect(memory, chain, &mut self.host) {
+                match collect(memory, chain, &mut host) {
                     Some(len) => self.output_bytes = self.output_bytes.saturating_add(len),
                     None => self.failed_chains = self.failed_chains.saturating_add(1),
                 }
@@ -153,7 +160,7 @@ impl Console {
                 used = true;
                 budget = budget.saturating_sub(1);
                 if budget == 0 {
-                    self.host.come_again();
+                    come_again(&self.again);
                     break 'all;
                 }
             }
@@ -161,14 +168,18 @@ impl Console {
                 break;
             }
         }
-        self.host.send();
-        self.host.watch();
+        host.send();
         if used { queue.signal(memory) } else { Ok(()) }
     }
 }
 
+fn come_again(again: &EventFd) {
+    // Full: it is readable already.
+    let _ = again.write(1);
+}
+
 /// Fills the writable buffers of `chain` with waiting input; how many bytes. What could not be written waits on.
-fn give(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>, host: &mut HostEnd) -> u32 {
+fn give(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>, host: &mut HostConsole) -> u32 {
     let mut written = 0_u32;
     for descriptor in chain.take(MAX_DESCRIPTORS) {
         if !descriptor.is_write_only() {
@@ -193,7 +204,7 @@ fn give(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>, host: &mut H
 }
 
 /// Takes the readable bytes of `chain`, at most [`MAX_CHAIN_BYTES`]; None when some cannot be read.
-fn collect(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>, host: &mut HostEnd) -> Option<u64> {
+fn collect(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>, host: &mut HostConsole) -> Option<u64> {
     let mut taken = 0_usize;
     let mut piece = [0; PIECE];
     for descriptor in chain.take(MAX_DESCRIPTORS) {
@@ -202,9 +213,7 @@ fn collect(memory: &PodMemory, chain: DescriptorChain<Arc<PodMemory>>, host: &mu
         }
         let mut address = descriptor.addr().0;
         let mut left = (descriptor.len() as usize).min(MAX_CHAIN_BYTES.saturating_sub(taken));
-        host.dropped = host
-            .dropped
-            .saturating_add((descriptor.len() as usize).saturating_sub(left) as u64);
+        host.lose((descriptor.len() as usize).saturating_sub(left));
         while left > 0 {
             let bytes = piece.get_mut(..left.min(PIECE))?;
             memory.read_slice(bytes, vm_memory::GuestAddress(address)).ok()?;
@@ -260,7 +269,7 @@ impl VirtioDevice for Console {
             config_changed: activation.config_changed,
         });
         // Input may have come before the driver.
-        self.host.come_again();
+        come_again(&self.again);
         Ok(())
     }
 
@@ -273,11 +282,17 @@ impl VirtioDevice for Console {
     }
 
     fn event_fds(&self) -> Vec<RawFd> {
-        vec![self.host.fd()]
+        let host = lock(&self.host).fd();
+        [Some(self.again.as_raw_fd()), host].into_iter().flatten().collect()
     }
 
-    fn on_event(&mut self, _index: usize) -> Result<(), DeviceError> {
-        self.host.on_ready();
+    fn on_event(&mut self, index: usize) -> Result<(), DeviceError> {
+        if index == 0 {
+            // An error: it is not readable, another turn took it.
+            let _ = self.again.read();
+        } else {
+            lock(&self.host).on_ready();
+        }
         self.receive()?;
         self.transmit()
     }
@@ -293,7 +308,7 @@ impl VirtioDevice for Console {
     fn counters(&self) -> Vec<(&'static str, u64)> {
         vec![
             ("output_bytes", self.output_bytes),
-            ("output_dropped_bytes", self.host.dropped),
+            ("output_dropped_bytes", lock(&self.host).dropped()),
             ("input_bytes", self.input_bytes),
             ("failed_chains", self.failed_chains),
         ]
