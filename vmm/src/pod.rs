@@ -368,16 +368,6 @@ impl PodSlot {
         let plan = configured
             .then(|| PodPlan::changed(config, self.expect_digest))
             .transpose()?;
-        if pod
-            .running
-            .iter()
-            .flat_map(|r| r.machine.devices())
-            .any(|d| d.id == id && d.kind == "mem")
-        {
-            return Err(PodError::Conflict(
-                "the device holds memory of the pod; take that out with vm.resize",
-            ));
-        }
         let plugged = match &mut pod.running {
             Some(running) => running
                 .machine

@@ -285,7 +285,7 @@ fn memory_that_the_guest_takes_is_asked_for() {
     }
     let (status, said) = process.request("PUT", "vm.remove-device", Some(&json!({"id": "__mem"})));
     assert!(
-        status == 409 && said.to_string().contains("vm.resize"),
+        status == 409 && said.to_string().contains("stays in it"),
         "{status} {said}"
     );
     process.put("vm.reboot", None);
