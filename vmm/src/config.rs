@@ -14,7 +14,7 @@ use podvisor_firmware::memory_map::ram_ranges;
 
 use crate::cpuid::Topology;
 use crate::memory::{RamOptions, Zone};
-use crate::registry;
+use crate::registry::{self, Groups};
 use crate::sizing::{self, SizingError};
 
 /// What boots.
@@ -57,6 +57,8 @@ pub struct PodPlan {
     pub expect_digest: Option<[u8; 48]>,
     /// Descriptors that came with requests, by the name of the device they are for; a reboot uses them again.
     pub descriptors: Descriptors,
+    /// The buckets of its rate limit groups; what is left in them outlives a device and a reboot.
+    pub groups: Groups,
     /// PCI slots that devices have to be in, by their names, whatever the configuration says: those of a snapshot.
     pub slots: BTreeMap<String, u8>,
 }
@@ -162,6 +164,7 @@ impl PodPlan {
             host_data,
             expect_digest,
             descriptors: Descriptors::new(),
+            groups: registry::groups(&config),
             slots: BTreeMap::new(),
             config,
         })

@@ -201,11 +201,7 @@ fn dispatch(state: &mut State<'_>, endpoint: &Endpoint, body: &[u8]) -> Outcome 
         EndpointId::VmRemoveDevice => done(state.pod.remove(&parse::<VmRemoveDevice>(body)?.id)),
         EndpointId::VmSnapshot => snapshot::save(state, body),
         EndpointId::VmRestore => snapshot::restore(state, body),
-        EndpointId::VmResizeDisk => {
-            let version = env!("CARGO_PKG_VERSION");
-            let reason = format!("{} is not supported yet by podvisor {version}", endpoint.name);
-            Err(Refusal::new(501, reason))
-        }
+        EndpointId::VmResizeDisk => done(state.pod.resize_disk(&parse(body)?)),
         EndpointId::VmAddDevice
         | EndpointId::VmAddGenericVhostUser
         | EndpointId::VmAddUserDevice

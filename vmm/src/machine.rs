@@ -1,6 +1,7 @@
 //! A pod's machine, built when it boots and dropped when it stops: the VM, its memory and vCPUs, the chipset and the
 //! devices that the configuration asks for. A machine that cannot be built leaves nothing behind.
 
+mod disk;
 mod extras;
 mod resize;
 mod saved;
@@ -29,12 +30,13 @@ use podvisor_firmware::machine::MachineDescription;
 use podvisor_firmware::memory_map::memory_map;
 use podvisor_firmware::plan::{LaunchPlan, Platform};
 
+pub use self::disk::DiskError;
 use self::extras::Extras;
 use self::resize::{Growth, Room};
 pub use self::resize::{ResizeError, Sizes};
 pub use self::saved::MachineState;
 use crate::chipset::Chipset;
-use crate::config::{Boot, Descriptors, PodPlan};
+use crate::config::{Boot, PodPlan};
 use crate::consoles::Consoles;
 use crate::cpuid::CpuidTemplate;
 use crate::device_memory::{DeviceMemory, Mapper};
@@ -240,10 +242,10 @@ impl Machine {
         Ok((machine, parts.subscribers))
     }
 
-    /// What devices of this machine are made of, with `descriptors`.
+    /// What devices of this machine are made of when they are those of `plan`.
     #[must_use]
-    pub fn means<'m>(&'m self, descriptors: &'m Descriptors) -> Means<'m> {
-        self.plug.means(descriptors, &self.ram)
+    pub fn means<'m>(&'m self, plan: &'m PodPlan) -> Means<'m> {
+        self.plug.means(plan, &self.ram)
     }
 
     /// Plugs a device into the running pod and tells the guest. Where it is, and what the event loop is to run for it.
@@ -556,7 +558,7 @@ fn add_devices(
     if let Some(host) = &outside.consoles.console {
         all.push(registry::fixed::console(&plan.config, host).during("devices")?);
     }
-    all.extend(registry::devices(&plan.config, &plug.means(&plan.descriptors, ram)).during("devices")?);
+    all.extend(registry::devices(&plan.config, &plug.means(plan, ram)).during("devices")?);
     all.extend(mem);
     let mut extras = Extras::new(&plan.config, outside, &mut all)?;
     let mut devices = Vec::new();
@@ -579,9 +581,10 @@ fn add_devices(
 }
 
 impl Plug {
-    fn means<'m>(&'m self, descriptors: &'m Descriptors, ram: &'m GuestRam) -> Means<'m> {
+    fn means<'m>(&'m self, plan: &'m PodPlan, ram: &'m GuestRam) -> Means<'m> {
         Means {
-            descriptors,
+            descriptors: &plan.descriptors,
+            groups: &plan.groups,
             mapper: &self.mapper,
             ram,
             grown: self.room.as_ref().map(Room::area),

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use crate::config::{PlanError, PodPlan};
 use crate::consoles::{ConsoleError, Consoles};
 use crate::hex;
-use crate::machine::{BootError, BootTimings, Machine, Outside, ResizeError};
+use crate::machine::{BootError, BootTimings, DiskError, Machine, Outside, ResizeError};
 use crate::registry::{self, AddedNet, Addition, RegistryError};
 use crate::snapshot::SnapshotError;
 use crate::telling::Telling;
@@ -64,6 +64,9 @@ pub enum PodError {
     /// The device cannot be made.
     #[error(transparent)]
     Refused(#[from] RegistryError),
+    /// A disk keeps its size.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// What was asked for does not exist here.
     #[error("{0}")]
     Unsupported(String),
@@ -327,11 +330,12 @@ impl PodSlot {
         addition.put(&mut config).map_err(PodError::Conflict)?;
         let mut plan = PodPlan::changed(config, self.expect_digest)?;
         plan.descriptors = pod.plan.descriptors.clone();
+        plan.groups = pod.plan.groups.clone();
         plan.descriptors.extend(addition.descriptors(&plan.config));
         let info = match &mut pod.running {
             None => None,
             Some(running) => {
-                let wanted = addition.make(&plan.config, &running.machine.means(&plan.descriptors))?;
+                let wanted = addition.make(&plan.config, &running.machine.means(&plan))?;
                 let id = wanted.id.clone();
                 if running.machine.devices().iter().any(|device| device.id == id) {
                     return Err(PodError::Conflict(
@@ -381,6 +385,7 @@ impl PodSlot {
         if let Some(mut plan) = plan {
             plan.descriptors = std::mem::take(&mut pod.plan.descriptors);
             plan.descriptors.remove(id);
+            plan.groups = std::mem::take(&mut pod.plan.groups);
             pod.plan = plan;
         }
         Ok(())
@@ -547,7 +552,7 @@ impl PodError {
             Self::Unsupported(_) => 501,
             Self::Resize(error) => error.status(),
             Self::Config(PlanError::Config(error)) if error.conflict => 409,
-            Self::Config(_) | Self::Refused(_) | Self::Console(_) => 400,
+            Self::Config(_) | Self::Refused(_) | Self::Disk(_) | Self::Console(_) => 400,
             // What Cloud Hypervisor's description has for a VM that is not booted.
             Self::NotRunning => 405,
             Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::Already(_) => 409,

@@ -100,6 +100,27 @@ fn every_rule_refuses_its_breach_by_field() {
             json!({"disks": [{"path": "/a", "rate_limiter_config": {"ops": {"size": 1, "refill_time": 0}}}]}),
             "disks[0].rate_limiter_config.ops",
         ),
+        (
+            json!({"disks": [{"path": "/a", "image_type": "Qcow2"}]}),
+            "disks[0].image_type",
+        ),
+        (
+            json!({"disks": [{"path": "/a", "rate_limit_group": "g"}]}),
+            "disks[0].rate_limit_group",
+        ),
+        (
+            json!({"disks": [{"path": "/a", "rate_limit_group": "g", "rate_limiter_config": {}}],
+                   "rate_limit_groups": [{"id": "g"}]}),
+            "disks[0].rate_limit_group",
+        ),
+        (
+            json!({"rate_limit_groups": [{"id": "g"}, {"id": "g"}]}),
+            "rate_limit_groups[1].id",
+        ),
+        (
+            json!({"rate_limit_groups": [{"id": "g", "rate_limiter_config": {"bandwidth": {"size": 0, "refill_time": 1}}}]}),
+            "rate_limit_groups[0].rate_limiter_config.bandwidth",
+        ),
         (json!({"net": [{"num_queues": 3}]}), "net[0].num_queues"),
         (json!({"net": [{"mac": "1:2:3:4:5:6"}]}), "net[0].mac"),
         (json!({"fs": [{"tag": "", "socket": "/s"}]}), "fs[0].tag"),

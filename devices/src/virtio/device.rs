@@ -2,6 +2,7 @@
 //! negotiation and queue configuration; after DRIVER_OK the queues move into the device, and nothing that the
 //! guest writes to the transport can change them (typed: [`Activation`] holds validated queues).
 
+use std::error::Error;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -370,6 +371,13 @@ pub trait VirtioDevice: Send {
     /// When the state cannot be that of such a device: it comes from a file.
     fn restore(&mut self, state: Value) -> Result<(), StateError> {
         super::state::nothing(&state)
+    }
+    /// Gives a disk another size, and tells its driver.
+    ///
+    /// # Errors
+    /// When it is no disk of ours or cannot have that size; nothing has changed then.
+    fn set_capacity(&mut self, _bytes: u64) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Err("the device has no size of its own to change".into())
     }
     /// Whether the device cannot be used again in its life: a reset does not help.
     fn is_lost(&self) -> bool {

@@ -375,6 +375,7 @@ impl Agent {
         let blk = self.pod.blk()?;
         match (name, words) {
             (b"blk-info", []) => {
+                blk.look();
                 let id = blk.id()?;
                 Ok(format!(
                     "ok sectors={} readonly={} id={id}",

@@ -90,13 +90,19 @@ impl Blk {
                 data,
             });
         }
-        let sectors = u64::from(device.config(4)) << 32 | u64::from(device.config(0));
-        Ok(Self {
+        let mut disk = Self {
             device,
             queue,
             slots,
-            sectors,
-        })
+            sectors: 0,
+        };
+        disk.look();
+        Ok(disk)
+    }
+
+    /// Looks how large the disk is now.
+    pub fn look(&mut self) {
+        self.sectors = u64::from(self.device.config(4)) << 32 | u64::from(self.device.config(0));
     }
 
     /// Capacity in sectors.

@@ -1,8 +1,8 @@
 //! `vm.resize`: which of the pod's sizes may change, one function a member of the request. All of them are looked at
-//! before the first changes.
+//! before the first changes. And `vm.resize-disk`.
 
 use podvisor_api::events::What;
-use podvisor_api::types::{HotplugMethod, VmResize};
+use podvisor_api::types::{HotplugMethod, VmResize, VmResizeDisk};
 
 use super::memory::{refused, resized_balloon};
 use super::{Pod, PodError, PodSlot};
@@ -31,6 +31,18 @@ impl PodSlot {
         pod.plan = plan;
         tracing::info!(?wanted, "pod resized");
         Ok(())
+    }
+
+    /// Gives a disk of the running pod another size.
+    ///
+    /// # Errors
+    /// When it does not run, there is no such disk, or it cannot have that size; nothing has changed then.
+    pub fn resize_disk(&mut self, wanted: &VmResizeDisk) -> Result<(), PodError> {
+        let machine = self.machine_mut()?;
+        match machine.resize_disk(&wanted.id, wanted.desired_size)? {
+            true => Ok(()),
+            false => Err(PodError::NoDevice(wanted.id.clone())),
+        }
     }
 
     /// Parks the vCPUs that the guest has let go of.
@@ -88,6 +100,7 @@ fn resized(pod: &Pod, wanted: &VmResize, expect_digest: Option<[u8; 48]>) -> Res
     }
     let mut plan = PodPlan::changed(config, expect_digest)?;
     plan.descriptors = pod.plan.descriptors.clone();
+    plan.groups = pod.plan.groups.clone();
     plan.slots = pod.plan.slots.clone();
     Ok(plan)
 }

@@ -1,7 +1,7 @@
 //! Disks: the `disks` section and `vm.add-disk`.
 
-use podvisor_api::types::{DiskConfig, VmConfig};
-use podvisor_devices::virtio::blk::{self, Blk, BlkOptions};
+use podvisor_api::types::{DiskConfig, LockGranularity, VmConfig};
+use podvisor_devices::virtio::blk::{self, Blk, BlkOptions, LockRange};
 use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserBlkOptions};
 
@@ -28,20 +28,20 @@ impl Addition for DiskConfig {
         Ok(())
     }
 
-    fn make(&self, config: &VmConfig, _: &Means<'_>) -> Result<Wanted, RegistryError> {
-        make_disk("disk", last(config.disks())?)
+    fn make(&self, config: &VmConfig, means: &Means<'_>) -> Result<Wanted, RegistryError> {
+        make_disk("disk", last(config.disks())?, means)
     }
 }
 
-fn disks(config: &VmConfig, _: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
-    let make = |(index, disk)| make_disk(&format!("disks[{index}]"), disk);
+fn disks(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
+    let make = |(index, disk)| make_disk(&format!("disks[{index}]"), disk, means);
     config.disks().iter().enumerate().map(make).collect()
 }
 
-fn make_disk(section: &str, disk: &DiskConfig) -> Result<Wanted, RegistryError> {
+fn make_disk(section: &str, disk: &DiskConfig, means: &Means<'_>) -> Result<Wanted, RegistryError> {
     let device = match disk.vhost_user {
         true => lent(section, disk)?,
-        false => own(section, disk)?,
+        false => own(section, disk, means)?,
     };
     Ok(Wanted {
         id: disk.id.clone().unwrap_or_default(),
@@ -57,18 +57,17 @@ fn num_queues(section: &str, disk: &DiskConfig) -> Result<u16, RegistryError> {
 }
 
 /// A disk whose image this process opens.
-fn own(section: &str, disk: &DiskConfig) -> Result<Box<dyn VirtioDevice>, RegistryError> {
+fn own(section: &str, disk: &DiskConfig, means: &Means<'_>) -> Result<Box<dyn VirtioDevice>, RegistryError> {
     let field = |name: &str| format!("{section}.{name}");
     let path = disk
         .path
         .clone()
         .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
-    if disk.rate_limit_group.is_some() {
-        return Err(failed(
-            field("rate_limit_group"),
-            "groups are not supported yet; give rate_limiter_config",
-        ));
-    }
+    let group = disk.rate_limit_group.as_ref();
+    let limiter = match &disk.rate_limiter_config {
+        Some(own) => limiter(own),
+        None => group.and_then(|group| means.groups.get(group).cloned()),
+    };
     let options = BlkOptions {
         readonly: disk.readonly,
         direct: disk.direct,
@@ -77,7 +76,11 @@ fn own(section: &str, disk: &DiskConfig) -> Result<Box<dyn VirtioDevice>, Regist
         queue_size: disk.queue_size,
         disable_io_uring: disk.disable_io_uring,
         sparse: disk.sparse,
-        limiter: disk.rate_limiter_config.as_ref().and_then(limiter),
+        lock_range: match disk.lock_granularity {
+            LockGranularity::ByteRange => LockRange::Bytes,
+            LockGranularity::Full => LockRange::File,
+        },
+        limiter,
         ..BlkOptions::new(path.clone())
     };
     let device = Blk::open(options).map_err(|e| failed(format!("{} {}", field("path"), path.display()), e))?;

@@ -20,6 +20,8 @@ use podvisor_devices::platform::FileMapper;
 use podvisor_devices::virtio::balloon::BalloonHandle;
 use podvisor_devices::virtio::device::VirtioDevice;
 
+pub use self::limits::Groups;
+pub(crate) use self::limits::groups;
 pub use self::net::AddedNet;
 use crate::config::Descriptors;
 use crate::memory::GuestRam;
@@ -61,6 +63,8 @@ fn failed(field: impl Into<String>, source: impl Into<Box<dyn Error + Send + Syn
 pub struct Means<'m> {
     /// Descriptors that came with requests.
     pub descriptors: &'m Descriptors,
+    /// The buckets of the rate limit groups.
+    pub groups: &'m Groups,
     /// Places files in the pod's address space.
     pub mapper: &'m dyn FileMapper,
     /// The pod's RAM.

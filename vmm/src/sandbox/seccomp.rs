@@ -205,7 +205,8 @@ const VCPU: &[i64] = &[
 fn control_calls() -> Calls {
     let devices: Vec<i64> = registry::syscalls().collect();
     // To the owners of local sockets, and to ask the kernel for the settings of a network interface.
-    let domains = [libc::AF_UNIX, libc::AF_INET].map(|domain| is(0, domain.unsigned_abs()));
+    // Interfaces are asked and set up through sockets of their addresses' families.
+    let domains = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(|domain| is(0, domain.unsigned_abs()));
     calls(&[THREAD, CONTROL, &devices], &[(libc::SYS_socket, &domains)])
 }
 
@@ -296,13 +297,21 @@ mod tests {
         compile(&calls, Violation::Refuse)
     }
 
+    #[expect(unsafe_code, reason = "the standard library has no such socket")]
+    fn netlink() -> std::io::Error {
+        // SAFETY: takes no pointers.
+        let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        assert!(fd < 0);
+        std::io::Error::last_os_error()
+    }
+
     #[test]
     fn the_control_thread_starts_no_program_and_opens_no_foreign_socket() {
         on_a_thread(|| {
             apply(&program(control_calls())).unwrap();
             let refused = Command::new("/bin/true").status().unwrap_err();
             assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
-            assert!(std::net::TcpListener::bind("[::1]:0").is_err(), "an IPv6 socket");
+            assert_eq!(netlink().raw_os_error(), Some(libc::EPERM));
             assert!(std::os::unix::net::UnixDatagram::unbound().is_ok());
             assert!(std::fs::read("/proc/self/status").is_ok());
             std::thread::spawn(|| ()).join().unwrap();

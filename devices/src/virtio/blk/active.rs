@@ -11,7 +11,7 @@ use super::ring::{Engine, IoVec};
 use super::task::{Mode, Next, Status, Task, write_status};
 use crate::memory::PodMemory;
 use crate::rate_limiter::Throttle;
-use crate::virtio::device::{Activation, ActiveQueue, DeviceError};
+use crate::virtio::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt};
 
 /// The most jobs that the host works on at once.
 const MAX_DEPTH: usize = 256;
@@ -25,6 +25,8 @@ pub(super) struct Active {
     /// First, since dropping it waits for the host.
     engine: Engine<Task>,
     depth: usize,
+    /// Tells the driver of another size.
+    pub(super) config_changed: Arc<dyn QueueInterrupt>,
     memory: Arc<PodMemory>,
     features: u64,
     queues: Vec<Option<QueueState>>,
@@ -68,6 +70,7 @@ impl Active {
         Ok(Self {
             engine,
             depth,
+            config_changed: activation.config_changed,
             memory: activation.memory,
             features: activation.features,
             queues: queues.collect(),

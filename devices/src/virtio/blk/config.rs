@@ -103,6 +103,11 @@ impl Config {
         }
     }
 
+    /// The disk has this many sectors now.
+    pub(super) fn set_sectors(&mut self, sectors: u64) {
+        self.put(0, &sectors.to_le_bytes());
+    }
+
     /// The features offered.
     pub(super) fn features(&self) -> u64 {
         self.features

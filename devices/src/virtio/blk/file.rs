@@ -62,6 +62,16 @@ pub enum BlkError {
         /// Who holds which lock, as far as that can be told.
         holder: String,
     },
+    /// The disk cannot have the size that was asked for.
+    #[error("disk {path}: desired_size {bytes}: {reason}")]
+    Size {
+        /// The disk's path.
+        path: PathBuf,
+        /// Bytes asked for.
+        bytes: u64,
+        /// Why not, and what can be done.
+        reason: String,
+    },
     /// A property of the disk cannot be read or set.
     #[error("disk {path}: {what}: {source}")]
     Host {
@@ -86,6 +96,16 @@ pub enum BlkError {
     },
 }
 
+/// What the advisory lock covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LockRange {
+    /// The bytes that the disk has.
+    #[default]
+    Bytes,
+    /// The file, whatever its size.
+    File,
+}
+
 /// What direct I/O demands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct DirectAlignment {
@@ -102,6 +122,10 @@ pub(super) struct DiskFile {
     cached: File,
     /// Past the page cache, if asked for.
     direct: Option<(File, DirectAlignment)>,
+    /// A block device, whose size is not ours to change.
+    block_device: bool,
+    readonly: bool,
+    range: LockRange,
     /// Bytes, as they were when it was opened.
     pub(super) size: u64,
     /// Logical block size, in bytes.
@@ -116,8 +140,8 @@ pub(super) struct DiskFile {
 
 impl DiskFile {
     /// Opens, checks and locks the disk at `path`.
-    pub(super) fn open(path: &Path, readonly: bool, direct: bool) -> Result<Self, BlkError> {
-        Self::of(path, open_file(path, readonly, 0)?, readonly, direct)
+    pub(super) fn open(path: &Path, readonly: bool, direct: bool, range: LockRange) -> Result<Self, BlkError> {
+        Self::of(path, open_file(path, readonly, 0)?, readonly, direct, range)
     }
 
     /// Makes a file of `len` zeros in `directory`, which nobody else can open and which is gone when it is closed.
@@ -128,11 +152,11 @@ impl DiskFile {
             what: "giving a file in it its size",
             source,
         })?;
-        Self::of(directory, file, false, false)
+        Self::of(directory, file, false, false, LockRange::File)
     }
 
     /// Checks and locks the file that is open at `path`.
-    fn of(path: &Path, cached: File, readonly: bool, direct: bool) -> Result<Self, BlkError> {
+    fn of(path: &Path, cached: File, readonly: bool, direct: bool, range: LockRange) -> Result<Self, BlkError> {
         let host = |what| {
             move |source| BlkError::Host {
                 path: path.to_owned(),
@@ -143,11 +167,13 @@ impl DiskFile {
         let metadata = cached.metadata().map_err(host("reading its metadata"))?;
         let block_device = check_kind(path, &metadata)?;
         clear_nonblock(&cached).map_err(host("clearing O_NONBLOCK"))?;
-        lock(path, &cached, readonly)?;
         let (mut logical_block, mut physical_block) = (512, 512);
-        let mut size = metadata.len();
+        let size = match block_device {
+            true => ioctl_read::<u64>(&cached, BLKGETSIZE64).map_err(host("reading its size (BLKGETSIZE64)"))?,
+            false => metadata.len(),
+        };
+        lock(path, &cached, readonly, range, size)?;
         if block_device {
-            size = ioctl_read::<u64>(&cached, BLKGETSIZE64).map_err(host("reading its size (BLKGETSIZE64)"))?;
             logical_block = ioctl_read::<c_int>(&cached, BLKSSZGET)
                 .ok()
                 .and_then(|v| u32::try_from(v).ok())
@@ -171,12 +197,44 @@ impl DiskFile {
         Ok(Self {
             cached,
             direct,
+            block_device,
+            readonly,
+            range,
             size,
             logical_block,
             physical_block,
             can_punch,
             identity,
         })
+    }
+
+    /// Gives the file `bytes` bytes; a block device must have them already.
+    pub(super) fn resize(&self, path: &Path, bytes: u64) -> Result<(), BlkError> {
+        let refuse = |reason: String| BlkError::Size {
+            path: path.to_owned(),
+            bytes,
+            reason,
+        };
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_SIZE) {
+            return Err(refuse(
+                "a disk has whole sectors; give a multiple of 512 above 0".to_owned(),
+            ));
+        }
+        if self.readonly {
+            return Err(refuse("the disk is read-only".to_owned()));
+        }
+        if self.block_device {
+            let has = ioctl_read::<u64>(&self.cached, BLKGETSIZE64)
+                .map_err(|e| refuse(format!("reading its size (BLKGETSIZE64): {e}")))?;
+            return match has == bytes {
+                true => Ok(()),
+                false => Err(refuse(format!("the block device has {has} bytes; resize it first"))),
+            };
+        }
+        // First what may be refused without a trace.
+        lock(path, &self.cached, self.readonly, self.range, bytes)?;
+        let set = self.cached.set_len(bytes);
+        set.map_err(|e| refuse(format!("the file cannot have that size: {e}")))
     }
 
     /// The descriptor that goes through the page cache.
@@ -273,11 +331,16 @@ fn punch_probe(file: &File, size: u64) -> bool {
     fallocate(file, FallocateMode::PunchHole, true, size, SECTOR_SIZE).is_ok()
 }
 
-/// Takes the advisory lock of Cloud Hypervisor (an open file description lock on the whole file): shared for a
-/// read-only disk, exclusive for a writable one. It goes with the descriptor.
-fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), BlkError> {
+/// Takes the advisory lock of Cloud Hypervisor (an open file description lock): shared for a read-only disk, exclusive
+/// for a writable one of `size` bytes. It goes with the descriptor.
+fn lock(path: &Path, file: &File, readonly: bool, range: LockRange, size: u64) -> Result<(), BlkError> {
     let wanted = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    let Err(source) = fcntl_lock(file.as_raw_fd(), libc::F_OFD_SETLK, wanted) else {
+    // 0: up to the end, wherever that is.
+    let len = match range {
+        LockRange::Bytes => i64::try_from(size).unwrap_or(0),
+        LockRange::File => 0,
+    };
+    let Err(source) = fcntl_lock(file.as_raw_fd(), libc::F_OFD_SETLK, wanted, len) else {
         return Ok(());
     };
     if !matches!(source.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) {
@@ -287,7 +350,7 @@ fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), BlkError> {
             source,
         });
     }
-    let held = match fcntl_lock(file.as_raw_fd(), libc::F_OFD_GETLK, wanted) {
+    let held = match fcntl_lock(file.as_raw_fd(), libc::F_OFD_GETLK, wanted, len) {
         Ok(held) if held == libc::F_RDLCK => "read-only",
         Ok(held) if held == libc::F_WRLCK => "writable",
         _ => "already",
@@ -298,13 +361,13 @@ fn lock(path: &Path, file: &File, readonly: bool) -> Result<(), BlkError> {
     })
 }
 
-/// One lock call on the whole file; the lock type that the kernel leaves in the structure.
-fn fcntl_lock(fd: RawFd, command: c_int, kind: c_int) -> io::Result<c_int> {
+/// One lock call on the first `len` bytes; the lock type that the kernel leaves in the structure.
+fn fcntl_lock(fd: RawFd, command: c_int, kind: c_int, len: i64) -> io::Result<c_int> {
     let mut lock = libc::flock {
         l_type: libc::c_short::try_from(kind).map_err(io::Error::other)?,
         l_whence: libc::c_short::try_from(libc::SEEK_SET).map_err(io::Error::other)?,
         l_start: 0,
-        l_len: 0,
+        l_len: len,
         l_pid: 0,
     };
     // SAFETY: `lock` is a valid `flock` that lives over the call, and both commands take a pointer to one.

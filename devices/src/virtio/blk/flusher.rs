@@ -7,7 +7,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::BlkError;
-use super::file::DiskFile;
+use super::file::{DiskFile, LockRange};
 use super::ring::{Buffer, Engine, Job, Op};
 
 /// An open, locked file and the engine that makes it durable.
@@ -22,7 +22,7 @@ impl Flusher {
     /// # Errors
     /// When it cannot be opened, is no disk, or is locked by someone else.
     pub(in crate::virtio) fn open(path: &Path, readonly: bool, event: &EventFd) -> Result<Self, BlkError> {
-        Self::of(path, DiskFile::open(path, readonly, false)?, event)
+        Self::of(path, DiskFile::open(path, readonly, false, LockRange::File)?, event)
     }
 
     /// The same for a file of `len` zeros made in `directory`, which is gone with it.

@@ -16,6 +16,7 @@ mod task;
 #[cfg(test)]
 mod tests;
 
+use std::error::Error;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,8 +28,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::active::Active;
 use self::config::Config;
-pub use self::file::BlkError;
 use self::file::DiskFile;
+pub use self::file::{BlkError, LockRange};
 use self::request::{Limits, Operation, Request};
 use self::task::Status;
 use super::device::{Activation, DeviceError, VirtioDevice};
@@ -64,6 +65,8 @@ pub struct BlkOptions {
     pub disable_io_uring: bool,
     /// Discarded space is given back to the host.
     pub sparse: bool,
+    /// What the lock on it covers.
+    pub lock_range: LockRange,
     /// Limits requests, and the bytes that they read or write.
     pub limiter: Option<Arc<RateLimiter>>,
 }
@@ -81,6 +84,7 @@ impl BlkOptions {
             queue_size: 128,
             disable_io_uring: false,
             sparse: true,
+            lock_range: LockRange::Bytes,
             limiter: None,
         }
     }
@@ -153,7 +157,7 @@ impl Blk {
     /// When an option cannot be, the disk cannot be opened, is no disk, or is locked by someone else.
     pub fn open(options: BlkOptions) -> Result<Self, BlkError> {
         options.check()?;
-        let disk = DiskFile::open(&options.path, options.readonly, options.direct)?;
+        let disk = DiskFile::open(&options.path, options.readonly, options.direct, options.lock_range)?;
         if !disk.size.is_multiple_of(request::SECTOR_SIZE) {
             tracing::warn!(
                 "disk {}: its last {} bytes are not a whole sector and are not seen by the pod",
@@ -260,6 +264,7 @@ pub const SYSCALLS: &[i64] = &[
     libc::SYS_pwritev2,
     libc::SYS_fdatasync,
     libc::SYS_fallocate,
+    libc::SYS_ftruncate,
     libc::SYS_timerfd_settime,
     libc::SYS_timerfd_gettime,
     libc::SYS_read,
@@ -316,6 +321,17 @@ impl VirtioDevice for Blk {
         }
         match &mut self.active {
             Some(active) => active.on_event(&mut self.shared),
+            None => Ok(()),
+        }
+    }
+
+    fn set_capacity(&mut self, bytes: u64) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let shared = &mut self.shared;
+        shared.disk.resize(&shared.options.path, bytes)?;
+        shared.limits.sectors = bytes >> request::SECTOR_SHIFT;
+        shared.config.set_sectors(shared.limits.sectors);
+        match &self.active {
+            Some(active) => Ok(active.config_changed.signal_used()?),
             None => Ok(()),
         }
     }

@@ -13,6 +13,7 @@ use super::*;
 use crate::virtio::testing::{Buf, Completed, Harness, RawBuf, TEST_MEMORY_SIZE};
 
 mod hostile;
+mod size;
 
 const SECTORS: u64 = 2048;
 const IOERR: u8 = 1;

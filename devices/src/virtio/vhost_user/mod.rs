@@ -16,6 +16,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+use std::error::Error;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -288,6 +289,10 @@ impl VirtioDevice for VhostUser {
         }
         self.lent.stop();
         self.reset_writeback();
+    }
+
+    fn set_capacity(&mut self, _bytes: u64) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Err("another process serves the device (vhost_user): have that one change the size".into())
     }
 
     fn is_lost(&self) -> bool {
