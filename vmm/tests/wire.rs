@@ -90,21 +90,14 @@ fn send(stream: &mut UnixStream, step: &Value, dir: &str) {
     }
 }
 
-fn play(name: &str) {
-    if !kvm() {
-        return;
-    }
-    let read = |file: &str| {
-        let path = format!("{}/../resources/wire/{file}", env!("CARGO_MANIFEST_DIR"));
-        serde_json::from_slice::<Value>(&std::fs::read(path).unwrap()).unwrap()
-    };
-    let (scenarios, recorded) = (read("scenarios.json"), read("cloud-hypervisor.json"));
-    let scenario = scenarios
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|s| s["name"] == name)
-        .unwrap();
+/// A file of `resources/wire`.
+fn read(file: &str) -> Value {
+    let path = format!("{}/../resources/wire/{file}", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// A monitor with the files that scenarios name in its directory, and a connection to it.
+fn monitor() -> (Process, UnixStream) {
     let process = Process::start();
     pvh_kernel(&process.path("kernel"), IDLE);
     for (file, size) in [
@@ -115,9 +108,39 @@ fn play(name: &str) {
     ] {
         File::create(process.path(file)).unwrap().set_len(size).unwrap();
     }
-    let dir = process.dir.path().to_str().unwrap();
-    let mut stream = UnixStream::connect(&process.socket).unwrap();
+    let stream = UnixStream::connect(&process.socket).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    (process, stream)
+}
+
+/// The frame, byte for byte: what Cloud Hypervisor itself (not its HTTP library) answers has these headers.
+fn check_frame(what: &str, status: &str, headers: &[String], body: &str) {
+    assert!(status.ends_with(' ') && status.starts_with("HTTP/1.1 "), "{what}");
+    let mut frame = vec![
+        "Connection: keep-alive".to_owned(),
+        "Server: Cloud Hypervisor API".to_owned(),
+    ];
+    if !status.starts_with("HTTP/1.1 204") {
+        frame.push(format!("Content-Length: {}", body.len()));
+        frame.push("Content-Type: application/json".to_owned());
+    }
+    frame.sort();
+    assert_eq!(headers, frame, "{what}");
+}
+
+fn play(name: &str) {
+    if !kvm() {
+        return;
+    }
+    let (scenarios, recorded) = (read("scenarios.json"), read("cloud-hypervisor.json"));
+    let scenario = scenarios
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|s| s["name"] == name)
+        .unwrap();
+    let (process, mut stream) = monitor();
+    let dir = process.dir.path().to_str().unwrap();
     let steps = scenario["steps"].as_array().unwrap();
     for (number, (step, then)) in steps.iter().zip(recorded[name].as_array().unwrap()).enumerate() {
         send(&mut stream, step, dir);
@@ -134,19 +157,46 @@ fn play(name: &str) {
                 "{what}: expected {keys:?}"
             );
         }
-        // The frame, byte for byte: what Cloud Hypervisor itself (not its HTTP library) answers has these headers.
-        assert!(status.ends_with(' ') && status.starts_with("HTTP/1.1 "), "{what}");
-        let mut frame = vec![
-            "Connection: keep-alive".to_owned(),
-            "Server: Cloud Hypervisor API".to_owned(),
-        ];
-        if !status.starts_with("HTTP/1.1 204") {
-            frame.push(format!("Content-Length: {}", body.len()));
-            frame.push("Content-Type: application/json".to_owned());
-        }
-        frame.sort();
-        assert_eq!(headers, frame, "{what}");
+        check_frame(&what, &status, &headers, &body);
     }
+}
+
+/// Plays a scenario of `contract.json`: the status exactly, the keys of a body, what a refusal names in its first string.
+fn play_contract(name: &str) {
+    if !kvm() {
+        return;
+    }
+    let scenarios = read("contract.json");
+    let scenario = scenarios.as_array().unwrap().iter().find(|s| s["name"] == name);
+    let (process, mut stream) = monitor();
+    let dir = process.dir.path().to_str().unwrap();
+    for (number, step) in scenario.unwrap()["steps"].as_array().unwrap().iter().enumerate() {
+        send(&mut stream, &step["request"], dir);
+        let (status, headers, body) = answer(&mut stream).unwrap_or_else(|| unreachable!("{name} {number}: no answer"));
+        let what = format!("{name} {number} {step}: {status} {body}");
+        assert_eq!(status, format!("HTTP/1.1 {} ", step["status"]), "{what}");
+        check_frame(&what, &status, &headers, &body);
+        if step["status"].as_u64() >= Some(400) {
+            let causes: Vec<String> = serde_json::from_str(&body).unwrap();
+            assert!(!causes.is_empty(), "{what}");
+            let named = step["says"].as_str().unwrap_or_default();
+            assert!(causes[0].contains(named), "{what}");
+        }
+        let told = shape(&status, &body).keys.unwrap_or_default();
+        for key in step["keys"].as_array().into_iter().flatten() {
+            assert!(told.contains(key.as_str().unwrap()), "{what}");
+        }
+    }
+}
+
+#[test]
+fn contract_adding() {
+    play_contract("adding");
+}
+
+#[test]
+fn contract_refusing() {
+    play_contract("refusing");
 }
 
 #[test]

@@ -114,6 +114,7 @@ fn the_rust_shim_reads_vm_info() {
     let mut client = sandbox.rust();
     let mut config = bodies::rust_create(&sandbox);
     config["platform"] = json!({"num_pci_segments": 2});
+    config["balloon"] = json!({"size": 0, "deflate_on_oom": false, "free_page_reporting": true});
     client.put("vm.create", Some(&config)).unwrap();
     let read = |client: &mut rust::Client| -> strict::VmInfo {
         serde_json::from_value(client.get("vm.info").unwrap()).unwrap()
@@ -121,6 +122,7 @@ fn the_rust_shim_reads_vm_info() {
     let info = read(&mut client);
     assert_eq!(info.state, strict::State::Created);
     assert_eq!(info.config.platform.unwrap().num_pci_segments, 2);
+    assert_eq!(info.config.balloon.unwrap().size, 0);
     if let Some(tap) = host::tap(0) {
         client.add_net(&bodies::rust_net(1, false), &[tap.as_fd()]).unwrap();
         let net = read(&mut client).config.net.unwrap().remove(0);
@@ -153,6 +155,7 @@ fn what_else_the_go_shim_sends() {
     config["disks"].as_array_mut().unwrap().push(json!({
         "path": sandbox.path("initdata"), "readonly": true, "vhost_user": false, "num_queues": 1, "queue_size": 1024,
         "image_type": "Raw"}));
+    config["balloon"] = json!({"size": 0, "deflate_on_oom": false, "free_page_reporting": true});
     // Debugging a confidential guest: the console, not the serial port.
     config["console"]["mode"] = json!("Tty");
     client.put("vm.create", Some(&config)).unwrap();
@@ -214,11 +217,17 @@ fn a_sandbox_from_a_template() {
         let template = Sandbox::start(shim);
         template.pod_guest();
         let mut client = template.go();
-        client.put("vm.create", Some(&bodies::create(&template))).unwrap();
-        client.put("vm.boot", None).unwrap();
-        assert!(say(&mut agent(shim, &template.vsock()), "hello").starts_with("ok "));
         let saved = template.path("template");
         std::fs::create_dir(&saved).unwrap();
+        // The memory is one zone, in a file beside what will be saved.
+        let mut config = bodies::create(&template);
+        config["memory"]["size"] = json!(0);
+        config["memory"].as_object_mut().unwrap().remove("hotplug_size");
+        config["memory"]["zones"] = json!([{"id": "mem0", "size": MEMORY, "file": saved.join("memory"), "shared": true,
+                                            "hugepages": false, "prefault": false, "mergeable": false}]);
+        client.put("vm.create", Some(&config)).unwrap();
+        client.put("vm.boot", None).unwrap();
+        assert!(say(&mut agent(shim, &template.vsock()), "hello").starts_with("ok "));
         client.put("vm.pause", None).unwrap();
         let destination = json!({"destination_url": format!("file://{}", saved.display())});
         client.put("vm.snapshot", Some(&destination)).unwrap();
@@ -233,6 +242,7 @@ fn a_sandbox_from_a_template() {
         let mut config: Value = serde_json::from_slice(&text).unwrap();
         config["vsock"]["socket"] = json!(sandbox.vsock());
         config["memory"]["shared"] = json!(false);
+        config["memory"]["zones"][0]["shared"] = json!(false);
         std::fs::write(sandbox.path("config.json"), config.to_string()).unwrap();
         let source = json!({"source_url": format!("file://{}", sandbox.dir.path().display())});
         let mut client = sandbox.rust();
