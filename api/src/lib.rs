@@ -8,6 +8,7 @@ pub mod events;
 pub mod http;
 mod json;
 mod node;
+pub mod not_done;
 #[cfg(feature = "openapi")]
 pub mod openapi;
 pub mod options;

@@ -13,6 +13,7 @@ use self::devices::{check_disk, check_fs, check_net, check_vsock, console, rate_
 use self::machine::{cpus, memory};
 use self::names::{identifiers, segment_shares, segments};
 use self::payload::{payload, platform, pod};
+use crate::not_done::NOT_DONE;
 use crate::types::VmConfig;
 
 /// Most vCPUs of a VM: local APIC identifiers are 8 bits wide and 0xff means all (Intel SDM volume 3, 12.7.2.1).
@@ -158,20 +159,12 @@ fn first(found: Vec<ConfigError>) -> Result<(), ConfigError> {
     found.into_iter().next().map_or(Ok(()), Err)
 }
 
+/// What podvisor will not do.
 fn unsupported(config: &VmConfig, found: &mut Findings) {
-    let lists = [
-        ("numa", &config.numa),
-        ("vdpa", &config.vdpa),
-        ("user_devices", &config.user_devices),
-        ("generic_vhost_user", &config.generic_vhost_user),
-    ];
-    for (field, list) in lists {
-        if list.as_ref().is_some_and(|list| !list.is_empty()) {
-            found.add(field, "is not supported by podvisor; leave it out");
+    for row in NOT_DONE {
+        for (field, value) in row.asked(config) {
+            found.add(field, format!("{value}: {}", row.why));
         }
-    }
-    if config.tpm.is_some() {
-        found.add("tpm", "is not supported by podvisor; leave it out");
     }
 }
 

@@ -238,19 +238,17 @@ fn zones(memory: &MemoryConfig, ram: RamOptions) -> Result<Vec<Zone>, PlanError>
     memory.zones.iter().flatten().enumerate().map(zone).collect()
 }
 
-/// Refuses what is asked for and would silently not be there.
+/// Refuses what is asked for and would silently not be there yet; what will never be is refused by the rules of the API.
 fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
-    let some = |list: &Option<Vec<serde_json::Value>>| list.as_ref().is_some_and(|l| !l.is_empty());
-    let platform = config.platform.clone().unwrap_or_default();
     let asked = [
-        ("devices", !config.devices().is_empty()),
-        ("user_devices", some(&config.user_devices)),
-        ("vdpa", some(&config.vdpa)),
-        ("generic_vhost_user", some(&config.generic_vhost_user)),
-        ("numa", some(&config.numa)),
-        ("tpm", config.tpm.is_some()),
-        ("iommu", config.iommu),
-        ("platform.tdx", platform.tdx),
+        (
+            "cpus.affinity",
+            config.cpus.affinity.as_ref().is_some_and(|a| !a.is_empty()),
+        ),
+        (
+            "landlock_enable",
+            config.landlock_enable || config.landlock_rules.as_ref().is_some_and(|r| !r.is_empty()),
+        ),
         (
             "payload.firmware",
             config.payload.as_ref().is_some_and(|p| p.firmware.is_some()),

@@ -26,6 +26,9 @@ pub struct PayloadConfig {
     /// HOST_DATA of an SNP launch: 64 hexadecimal digits (SNP ABI, SNP_LAUNCH_FINISH).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_data: Option<String>,
+    /// Files for a fw_cfg device; refused if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fw_cfg_config: Option<serde_json::Value>,
 }
 
 impl PayloadConfig {

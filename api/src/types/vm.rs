@@ -49,7 +49,7 @@ pub struct VmConfig {
     pub console: ConsoleConfig,
     /// Debug port.
     pub debug_console: DebugConsoleConfig,
-    /// Host devices.
+    /// Host devices; refused unless empty.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<DeviceConfig>>,
     /// Socket device.
@@ -57,7 +57,7 @@ pub struct VmConfig {
     pub vsock: Option<VsockConfig>,
     /// A device that tells of guest panics.
     pub pvpanic: bool,
-    /// A virtual IOMMU.
+    /// A virtual IOMMU; refused if asked for.
     pub iommu: bool,
     /// A watchdog.
     pub watchdog: bool,
@@ -72,7 +72,7 @@ pub struct VmConfig {
     /// Paths allowed beyond the configuration's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub landlock_rules: Option<Vec<Value>>,
-    /// NUMA nodes; kept as sent, refused at boot unless empty.
+    /// NUMA nodes; refused unless empty.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub numa: Option<Vec<Value>>,
     /// vDPA devices; refused unless empty.
@@ -84,6 +84,9 @@ pub struct VmConfig {
     /// Generic vhost-user devices; refused unless empty.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<Value>>,
+    /// Memory shared with other VMs; refused if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ivshmem: Option<Value>,
     /// TPM; refused if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tpm: Option<Value>,

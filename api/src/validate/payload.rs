@@ -95,12 +95,6 @@ pub(super) fn platform(platform: &PlatformConfig, payload: Option<&PayloadConfig
             found.add(format!("platform.iommu_segments[{at}]"), reason);
         }
     }
-    if platform.tdx {
-        found.add(
-            "platform.tdx",
-            "Intel TDX is not supported; leave it out, or give isolation \"snp\"",
-        );
-    }
     if platform.sev_snp
         && let Some(isolation @ (Isolation::None | Isolation::SnpEmulated)) = platform.isolation
     {

@@ -185,7 +185,7 @@ fn every_rule_refuses_its_breach_by_field() {
         ),
         (json!({"pod": {"handler": "runc"}}), "pod.handler"),
         (json!({"tpm": {"socket": "/t"}}), "tpm"),
-        (json!({"numa": [{}]}), "numa"),
+        (json!({"numa": [{}]}), "numa[0]"),
     ];
     for (patch, field) in rows {
         let error = config(patch.clone()).validate(Stage::Create).unwrap_err();

@@ -1,12 +1,12 @@
 //! Disks: the `disks` section and `vm.add-disk`.
 
-use podvisor_api::types::{DiskConfig, LockGranularity, VmConfig};
+use podvisor_api::types::{DiskConfig, ImageType, LockGranularity, VmConfig};
 use podvisor_devices::virtio::blk::{self, Blk, BlkOptions, LockRange};
 use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserBlkOptions};
 
 use super::limits::limiter;
-use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, image, last};
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -63,6 +63,15 @@ fn own(section: &str, disk: &DiskConfig, means: &Means<'_>) -> Result<Box<dyn Vi
         .path
         .clone()
         .ok_or_else(|| failed(field("path"), "a disk needs the path of a raw image or block device"))?;
+    if disk.image_type == ImageType::Unknown
+        && let Some(format) = image::format(&path)
+    {
+        let reason = format!(
+            "it is a {format} image, and disks are raw; convert it (qemu-img convert -O raw), or give image_type Raw if \
+             these bytes are the disk"
+        );
+        return Err(failed(format!("{} {}", field("path"), path.display()), reason));
+    }
     let group = disk.rate_limit_group.as_ref();
     let limiter = match &disk.rate_limiter_config {
         Some(own) => limiter(own),

@@ -5,6 +5,7 @@ mod balloon;
 mod disk;
 pub(crate) mod fixed;
 mod fs;
+mod image;
 mod limits;
 mod net;
 mod pmem;
