@@ -84,6 +84,8 @@ pub struct Monitor {
     telling: Telling,
     /// The monitor is to end, well.
     shutdown: bool,
+    /// The pod's end is not the monitor's.
+    outlives: bool,
 }
 
 impl Monitor {
@@ -109,6 +111,7 @@ impl Monitor {
             api: None,
             telling: Telling::default(),
             shutdown: false,
+            outlives: false,
         })
     }
 
@@ -116,6 +119,11 @@ impl Monitor {
     pub fn tell(&mut self, telling: Telling) {
         self.telling = telling.clone();
         self.pod.tell(telling);
+    }
+
+    /// Whether the monitor goes on when the pod powers itself off (`--no-shutdown`).
+    pub fn outlive_pod(&mut self, outlives: bool) {
+        self.outlives = outlives;
     }
 
     /// Serves the API on `socket`.
@@ -212,7 +220,11 @@ impl Monitor {
         match reason {
             PodExit::Shutdown => {
                 tracing::info!("the pod powered off");
-                self.shutdown = true;
+                if self.outlives {
+                    self.pod.stop(&mut self.events)?;
+                } else {
+                    self.shutdown = true;
+                }
                 Ok(())
             }
             PodExit::Reset => {

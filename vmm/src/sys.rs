@@ -192,10 +192,13 @@ pub fn private_umask() {
     unsafe { libc::umask(0o077) };
 }
 
-/// Makes a write to a closed pipe or socket an error rather than the end of the process.
-pub fn ignore_sigpipe() {
-    // SAFETY: SIG_IGN is a valid disposition for SIGPIPE.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+/// Makes a write to a closed pipe or socket an error rather than the end of the process, and leaves no zombies of children
+/// that a parent had before it became this process.
+pub fn ignore_signals() {
+    for signal in [libc::SIGPIPE, libc::SIGCHLD] {
+        // SAFETY: SIG_IGN is a valid disposition for both.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
 }
 
 /// Has a system call that a filter refuses (SIGSYS) end the process, with a line on stderr that names it.

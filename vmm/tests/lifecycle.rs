@@ -295,3 +295,47 @@ fn an_interrupted_demo_leaves_nothing_behind() {
         assert!(left.is_empty(), "after {wait_ms} ms ({ended}): {left:?}");
     }
 }
+
+#[test]
+fn a_monitor_can_outlive_its_pods() {
+    if !kvm() {
+        return;
+    }
+    let mut process = Process::start_with(&["--no-shutdown"]);
+    process.put("vm.create", Some(&config(&process, HELLO)));
+    for _ in 0..2 {
+        process.put("vm.boot", None);
+        wait_for("the pod to power off", || {
+            (process.info()["state"] == "Created").then_some(())
+        });
+        assert_eq!(std::fs::read_to_string(process.path("serial")).unwrap(), "OK");
+    }
+    process.put("vmm.shutdown", None);
+    assert_eq!(process.wait().code(), Some(0), "{}", process.log());
+}
+
+#[test]
+fn options_of_cloud_hypervisors_that_are_not_taken_are_refused_with_their_reason() {
+    let out = Command::new(env!("CARGO_BIN_EXE_podvisor"))
+        .args(["--api-socket", "/nowhere/s", "--tpm", "socket=/x"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{said}");
+    assert!(said.starts_with("podvisor: --tpm: there is no TPM"), "{said}");
+}
+
+#[test]
+fn the_monitor_ignores_what_cloud_hypervisor_ignores() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.child.id())).unwrap();
+    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim();
+    let ignored = u64::from_str_radix(field("SigIgn:"), 16).unwrap();
+    for signal in [13, 17] {
+        assert!(ignored & 1 << (signal - 1) != 0, "signal {signal}: {ignored:#x}");
+    }
+    assert_eq!(field("Umask:"), "0077");
+}

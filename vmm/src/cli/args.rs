@@ -200,6 +200,9 @@ pub(crate) struct RunArgs {
     /// A device by which a guest tells that its kernel panicked.
     #[arg(long, help_heading = "Devices")]
     pub(crate) pvpanic: bool,
+    /// Go on when the pod powers itself off: it stays created, for vm.boot or vm.delete.
+    #[arg(long)]
+    pub(crate) no_shutdown: bool,
     /// System calls that the monitor has no use for: true ends it, errno lets them fail, log only logs them, false allows all.
     #[arg(long, value_enum, default_value_t = Seccomp::True)]
     pub(crate) seccomp: Seccomp,

@@ -5,6 +5,7 @@ mod args;
 mod ctl;
 mod inspect;
 mod measure;
+mod refused;
 mod run;
 mod size;
 
@@ -39,7 +40,15 @@ impl Failure {
 /// Runs the command line of this process; `start` is when the process began.
 #[must_use]
 pub fn run(start: Instant) -> ExitCode {
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            let Some(reason) = refused::reason(&error) else {
+                error.exit()
+            };
+            return report(Failure::usage(reason));
+        }
+    };
     let outcome = match args.command {
         None => run::run(args.run, start),
         Some(Command::Ctl(args)) => ctl::run(&args),
@@ -52,16 +61,18 @@ pub fn run(start: Instant) -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            let (code, error) = match failure {
-                Failure::Usage(error) => (2, error),
-                Failure::Runtime(error) => (1, error),
-            };
-            // Nothing can be done when stderr is gone.
-            let _ = writeln!(std::io::stderr(), "podvisor: {}", chain(error.as_ref()));
-            ExitCode::from(code)
-        }
+        Err(failure) => report(failure),
     }
+}
+
+fn report(failure: Failure) -> ExitCode {
+    let (code, error) = match failure {
+        Failure::Usage(error) => (2, error),
+        Failure::Runtime(error) => (1, error),
+    };
+    // Nothing can be done when stderr is gone.
+    let _ = writeln!(std::io::stderr(), "podvisor: {}", chain(error.as_ref()));
+    ExitCode::from(code)
 }
 
 /// An error and its causes on one line.

@@ -27,7 +27,7 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     }
     sys::one_heap();
     sys::private_umask();
-    sys::ignore_sigpipe();
+    sys::ignore_signals();
     sys::raise_descriptor_limit();
     logging::start(logging::level(args.verbosity), args.log_file.as_deref(), start)
         .map_err(|e| Failure::usage(format!("--log-file: {e}")))?;
@@ -35,6 +35,7 @@ pub(super) fn run(args: RunArgs, start: Instant) -> Result<(), Failure> {
     // Told before anything is made, so that a machine without KVM hears one thing.
     drop(machine::open_kvm().map_err(Failure::usage)?);
     let mut monitor = Monitor::new(start, expect_digest).map_err(Failure::runtime)?;
+    monitor.outlive_pod(args.no_shutdown);
     if let Some(text) = &args.event_monitor {
         let telling = Telling::open(text, start).map_err(|e| Failure::usage(format!("--event-monitor {e}")))?;
         telling.vmm(What::Starting);
