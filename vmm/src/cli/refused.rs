@@ -24,10 +24,6 @@ const OPTIONS: &[(&str, &str)] = &[
         "--landlock-rules",
         "this version does not restrict the monitor's file accesses; leave it out",
     ),
-    (
-        "--memory-zone",
-        "the command line gives memory of one kind; give --memory, or zones in vm.create",
-    ),
 ];
 
 /// The reason, if `error` is about an option of Cloud Hypervisor's that is known here.
