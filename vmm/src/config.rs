@@ -218,9 +218,14 @@ fn zones(memory: &MemoryConfig, ram: RamOptions) -> Result<Vec<Zone>, PlanError>
             let reason = "memory of one host node is not supported; leave it out, and start podvisor under numactl";
             return Err(field(named("host_numa_node"), reason));
         }
-        if zone.hotplugged_size.is_some_and(|size| size > 0) {
-            let reason = "a zone begins with its size; give that, and leave this out";
-            return Err(field(named("hotplugged_size"), reason));
+        let hotplug_size = zone.hotplug_size.unwrap_or(0);
+        if hotplug_size > 0 && memory.hotplug_method != HotplugMethod::VirtioMem {
+            let reason = "a zone grows through virtio-mem only: give memory.hotplug_method VirtioMem, or leave it out";
+            return Err(field(named("hotplug_size"), reason));
+        }
+        if hotplug_size > 0 && zone.file.is_some() {
+            let reason = "a zone in a file keeps its size: leave file or hotplug_size out";
+            return Err(field(named("hotplug_size"), reason));
         }
         Ok(Zone {
             id: zone.id.clone(),
@@ -233,6 +238,8 @@ fn zones(memory: &MemoryConfig, ram: RamOptions) -> Result<Vec<Zone>, PlanError>
                 prefault: zone.prefault,
                 ..ram
             },
+            hotplug_size,
+            hotplugged_size: zone.hotplugged_size.unwrap_or(0),
         })
     };
     memory.zones.iter().flatten().enumerate().map(zone).collect()

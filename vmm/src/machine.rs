@@ -43,7 +43,7 @@ use crate::device_memory::{DeviceMemory, Mapper};
 use crate::isolation::Confidential;
 use crate::kvm::{self, KvmHypervisor};
 use crate::launch_plain;
-use crate::memory::hotplug::Filling;
+use crate::memory::hotplug::{Filling, HotplugArea};
 use crate::memory::{GuestRam, ProcessorGate};
 use crate::registry::{self, Means, Wanted};
 use crate::telling::Telling;
@@ -166,7 +166,9 @@ struct Plug {
     mapper: Mapper,
     balloon: OnceLock<BalloonHandle>,
     confidential: bool,
-    room: Option<Room>,
+    rooms: Vec<Room>,
+    /// Those of the rooms.
+    areas: Vec<Arc<HotplugArea>>,
 }
 
 impl Machine {
@@ -541,16 +543,19 @@ fn add_devices(
     let hypervisor = Arc::new(KvmHypervisor::new(Arc::clone(vm)).told_to(outside.telling));
     let chipset = Chipset::new(acpi, plan.memory, outside.consoles, &hypervisor, outside.exit).during("devices")?;
     let gate = confidential.map(|c| Arc::new(ProcessorGate(c.shared_processor())) as Arc<dyn SharedPages>);
-    let mut room = Room::new(plan, vm, acpi, ram)?;
-    let mem = room.as_mut().map(|room| room.device(plan)).transpose()?.flatten();
-    let area = room.as_ref().map(|room| room.area().pod_region());
+    let mut rooms = Room::all(plan, vm, acpi, ram)?;
+    let mems = rooms.iter_mut().map(Room::device).collect::<Result<Vec<_>, _>>()?;
+    let areas: Vec<_> = rooms.iter().map(|room| Arc::clone(room.area())).collect();
     let plug = Plug {
-        memory: ram.pod_memory(gate, area).during("guest memory")?,
+        memory: ram
+            .pod_memory(gate, areas.iter().map(|area| area.pod_region()))
+            .during("guest memory")?,
         mapper: Mapper(DeviceMemory::new(Arc::clone(vm), acpi.file_area())),
         balloon: OnceLock::new(),
         hypervisor,
         confidential: plan.isolation != Isolation::None,
-        room,
+        rooms,
+        areas,
     };
     let mut subscribers: Subscribers = Vec::new();
     subscribers.extend(chipset.subscribers().into_iter().map(|s| (None, s)));
@@ -559,7 +564,7 @@ fn add_devices(
         all.push(registry::fixed::console(&plan.config, host).during("devices")?);
     }
     all.extend(registry::devices(&plan.config, &plug.means(plan, ram)).during("devices")?);
-    all.extend(mem);
+    all.extend(mems.into_iter().flatten());
     let mut extras = Extras::new(&plan.config, outside, &mut all)?;
     let mut devices = Vec::new();
     for mut wanted in all {
@@ -587,7 +592,7 @@ impl Plug {
             groups: &plan.groups,
             mapper: &self.mapper,
             ram,
-            grown: self.room.as_ref().map(Room::area),
+            grown: &self.areas,
             balloon: &self.balloon,
         }
     }

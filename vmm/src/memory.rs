@@ -208,7 +208,7 @@ impl GuestRam {
     pub fn pod_memory(
         &self,
         gate: Option<Arc<dyn SharedPages>>,
-        more: Option<PodRegion>,
+        more: impl IntoIterator<Item = PodRegion>,
     ) -> io::Result<Arc<PodMemory>> {
         let ram = self.regions.iter().map(|r| PodRegion::new(Arc::clone(r), gate.clone()));
         let regions = ram.chain(more).collect();

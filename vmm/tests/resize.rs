@@ -347,3 +347,58 @@ fn a_restored_pod_is_resized_like_another() {
     assert_eq!(status, 204, "{said}");
     assert!(other.wait().success(), "{}", other.log());
 }
+
+#[test]
+fn a_zone_with_room_grows_by_its_name() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let memory = json!({"size": 0, "hotplug_method": "VirtioMem", "zones": [
+        {"id": "a", "size": 64 * MIB},
+        {"id": "b", "size": 64 * MIB, "hotplug_size": 256 * MIB, "hotplugged_size": 4 * MIB, "shared": true},
+        {"id": "c", "size": 64 * MIB, "hotplug_size": 256 * MIB},
+    ]});
+    create(&process, IDLE, &json!({"memory": memory}));
+    process.put("vm.boot", None);
+    let zone = |id: &str, size: u64| {
+        let body = json!({"id": id, "desired_ram": size});
+        let (status, said) = process.request("PUT", "vm.resize-zone", Some(&body));
+        (status, said.to_string())
+    };
+    let requested = || {
+        let counters = process.request("GET", "vm.counters", None).1;
+        ["__mem-b", "__mem-c"].map(|id| counters[id]["requested_bytes"].as_u64().unwrap())
+    };
+    assert_eq!(requested(), [4 * MIB, 0]);
+    assert_eq!(zone("c", 192 * MIB).0, 204);
+    assert_eq!(zone("b", 64 * MIB).0, 204);
+    assert_eq!(requested(), [0, 128 * MIB]);
+    for (id, size, word) in [
+        ("a", 65 * MIB, "hotplug_size"),
+        ("b", 322 * MIB, "hotplug_size"),
+        ("b", 62 * MIB, "booted with"),
+        ("c", 65 * MIB, "ask for"),
+        ("d", 64 * MIB, "vm.info"),
+    ] {
+        let (status, said) = zone(id, size);
+        assert!(status == 400 && said.contains(word), "{id} {size}: {status} {said}");
+    }
+    assert_eq!(zone("a", 64 * MIB).0, 204, "that is what it has");
+    let (status, said) = resize(&process, &json!({"desired_ram": 320 * MIB}));
+    assert!(status == 400 && said.contains("vm.resize-zone"), "{status} {said}");
+    assert_eq!(requested(), [0, 128 * MIB]);
+    process.put("vm.reboot", None);
+    assert_eq!(requested(), [0, 128 * MIB], "asked for again");
+    for (key, value) in [("file", json!("/tmp")), ("id", json!("a"))] {
+        let method = if key == "file" { "VirtioMem" } else { "Acpi" };
+        let mut zone = json!({"id": "a", "size": 64 * MIB, "hotplug_size": 64 * MIB});
+        zone[key] = value;
+        let config = json!({"memory": {"size": 0, "hotplug_method": method, "zones": [zone]}});
+        let (status, said) = Process::start().request("PUT", "vm.create", Some(&config));
+        assert!(
+            status == 400 && said.to_string().contains("memory.zones[0].hotplug_size"),
+            "{status} {said}"
+        );
+    }
+}

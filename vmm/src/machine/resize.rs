@@ -53,7 +53,7 @@ pub enum ResizeError {
         /// What is waited for.
         vcpu: u32,
     },
-    /// A size that cannot be.
+    /// A size that cannot be, of the pod or a zone.
     #[error("desired_ram {desired}: {reason}")]
     Memory {
         /// Asked for.

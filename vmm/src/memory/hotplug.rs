@@ -22,10 +22,8 @@ use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 use super::{RamError, RamOptions, advise, host_address, map, set_slot};
 use crate::sys::{self, MemoryAdvice};
 
-/// The first of KVM's memory slots for this memory, behind those of RAM.
-const FIRST_SLOT: u32 = 64;
-/// How many there are: the slots from 1024 on are of files.
-const SLOTS: u64 = 960;
+/// The end of KVM's memory slots for this memory, which are behind those of RAM: the slots from it on are of files.
+pub const END_SLOT: u32 = 1024;
 
 /// How the area is filled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +41,8 @@ pub struct HotplugArea {
     blocks: Arc<Blocks>,
     options: RamOptions,
     filling: Filling,
+    /// The first of its memory slots.
+    first_slot: u32,
     /// What is mapped for the guest at a time, if it fills the area.
     chunk: u64,
     /// Chunks that are mapped.
@@ -81,11 +81,17 @@ pub fn place(ram_end: u64, size: u64, limit: u64, filling: Filling) -> Range<u64
 }
 
 impl HotplugArea {
-    /// Reserves `range` ([`place`]) of the address space of the pod in `vm`.
+    /// Reserves `range` ([`place`]) of the address space of the pod in `vm`, whose memory slots `slots` it uses.
     ///
     /// # Errors
     /// When the host cannot.
-    pub fn reserve(vm: Arc<VmFd>, range: Range<u64>, filling: Filling, options: &RamOptions) -> Result<Self, RamError> {
+    pub fn reserve(
+        vm: Arc<VmFd>,
+        slots: Range<u32>,
+        range: Range<u64>,
+        filling: Filling,
+        options: &RamOptions,
+    ) -> Result<Self, RamError> {
         let (gpa, len) = (range.start, range.end.saturating_sub(range.start));
         let fail = |source| RamError::Map { gpa, len, source };
         let block = match filling {
@@ -94,13 +100,15 @@ impl HotplugArea {
         };
         let blocks = Blocks::new(gpa, len, block).map_err(|e| fail(io::Error::other(e)))?;
         let region = map(gpa, len, options, libc::PROT_NONE).map_err(fail)?;
-        let chunk = layout::MEMORY_BLOCK_SIZE.max(len.div_ceil(SLOTS).next_power_of_two());
+        let count = u64::try_from(slots.len()).unwrap_or(0).max(1);
+        let chunk = layout::MEMORY_BLOCK_SIZE.max(len.div_ceil(count).next_power_of_two());
         Ok(Self {
             vm,
             region: Arc::new(region),
             blocks: Arc::new(blocks),
             options: *options,
             filling,
+            first_slot: slots.start,
             chunk,
             mapped: Mutex::default(),
             allowed: AtomicU64::new(0),
@@ -177,7 +185,7 @@ impl HotplugArea {
 
     fn slot(&self, number: u32, gpa: u64, len: u64) -> MemoryRegion {
         MemoryRegion {
-            slot: FIRST_SLOT.saturating_add(number),
+            slot: self.first_slot.saturating_add(number),
             gpa,
             len,
             host_addr: self.host(gpa),

@@ -16,7 +16,7 @@ use super::{GuestRam, host_address};
 struct RamReclaim {
     ram: Vec<Arc<GuestRegionMmap>>,
     /// What came later.
-    grown: Option<Arc<HotplugArea>>,
+    grown: Vec<Arc<HotplugArea>>,
 }
 
 /// A part of a region: where it begins in it, and how long it is.
@@ -29,7 +29,7 @@ struct Part<'r> {
 impl GuestRam {
     /// The RAM and what the pod is given later, for the devices by which the guest gives it back.
     #[must_use]
-    pub fn reclaim(&self, grown: Option<Arc<HotplugArea>>) -> Arc<dyn Reclaim> {
+    pub fn reclaim(&self, grown: Vec<Arc<HotplugArea>>) -> Arc<dyn Reclaim> {
         Arc::new(RamReclaim {
             ram: self.regions.clone(),
             grown,
@@ -89,7 +89,7 @@ impl Part<'_> {
 
 impl Reclaim for RamReclaim {
     fn discard(&self, gpa: u64, len: u64) -> io::Result<()> {
-        let grown = self.grown.as_ref().and_then(|grown| grown.give_back(gpa, len));
+        let grown = self.grown.iter().find_map(|grown| grown.give_back(gpa, len));
         grown.unwrap_or_else(|| self.parts(gpa, len)?.iter().try_for_each(Part::discard))
     }
 }
@@ -128,7 +128,7 @@ mod tests {
             let all = ram.launch_memory().unwrap();
             all.write_slice(&vec![1; 16 << 20], GuestAddress(0)).unwrap();
             assert_eq!(resident(&ram), 16 << 20);
-            let reclaim = ram.reclaim(None);
+            let reclaim = ram.reclaim(Vec::new());
             reclaim.discard(4 << 20, 8 << 20).unwrap();
             assert_eq!(resident(&ram), 8 << 20, "shared {shared}");
             assert_eq!(all.read_obj::<u8>(GuestAddress(4 << 20)).unwrap(), 0);
@@ -145,11 +145,13 @@ mod tests {
             size: 1 << 20,
             file: None,
             options,
+            hotplug_size: 0,
+            hotplugged_size: 0,
         };
         let ram = GuestRam::in_zones(&[zone("a"), zone("b")]).unwrap();
         let all = ram.launch_memory().unwrap();
         all.write_slice(&vec![1; 2 << 20], GuestAddress(0)).unwrap();
-        let reclaim = ram.reclaim(None);
+        let reclaim = ram.reclaim(Vec::new());
         for (gpa, len) in [(0, (2 << 20) + 1), (u64::MAX, 2), (2 << 20, 4096), (4096, u64::MAX)] {
             assert!(reclaim.discard(gpa, len).is_err());
         }

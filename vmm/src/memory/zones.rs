@@ -24,6 +24,10 @@ pub struct Zone {
     pub file: Option<PathBuf>,
     /// How it is mapped.
     pub options: RamOptions,
+    /// Bytes that it can be given later.
+    pub hotplug_size: u64,
+    /// Bytes of that which the guest is asked to take at once.
+    pub hotplugged_size: u64,
 }
 
 /// A run of a zone in the guest's address space.
@@ -177,6 +181,8 @@ mod tests {
                 shared,
                 ..Default::default()
             },
+            hotplug_size: 0,
+            hotplugged_size: 0,
         }
     }
 

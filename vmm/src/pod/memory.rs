@@ -3,7 +3,7 @@
 use podvisor_api::types::{BalloonConfig, VmConfig, VmResizeZone};
 
 use super::{PodError, PodSlot};
-use crate::config::PlanError;
+use crate::config::{PlanError, PodPlan};
 
 pub(super) fn refused(field: &str, reason: impl Into<String>) -> PodError {
     PodError::Config(PlanError::Field {
@@ -36,26 +36,34 @@ impl PodSlot {
         given.saturating_sub(taken.map_or(0, |balloon| balloon.actual_size()))
     }
 
-    /// Changes the size of a zone, as far as that is nothing: zones have the size they began with.
+    /// Gives a zone another size, as far as it has room: at once in the configuration, and by asking the guest if it runs.
     ///
     /// # Errors
-    /// When there is no pod or no such zone, or it is to have another size.
+    /// When there is no pod or no such zone, or it cannot have that size; nothing has changed then.
     pub fn resize_zone(&mut self, wanted: &VmResizeZone) -> Result<(), PodError> {
-        let pod = self.pod.as_ref().ok_or(PodError::NotCreated)?;
-        let mut zones = pod.plan.zones.iter();
-        match zones.find(|zone| zone.id == wanted.id) {
-            None => Err(refused(
-                "id",
-                format!("no memory zone is named {:?}: vm.info has the names", wanted.id),
-            )),
-            Some(zone) if zone.size == wanted.desired_ram => Ok(()),
-            Some(zone) => Err(refused(
-                "desired_ram",
-                format!(
-                    "zone {:?} has {} bytes and keeps them while the pod is there: give zones their size in vm.create",
-                    zone.id, zone.size
-                ),
-            )),
+        let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
+        let (id, desired) = (&wanted.id, wanted.desired_ram);
+        let mut config = pod.plan.config.clone();
+        let mut zones = config.memory.zones.iter_mut().flatten();
+        let Some(zone) = zones.find(|zone| zone.id == *id) else {
+            let reason = format!("no memory zone is named {id:?}: vm.info has the names");
+            return Err(refused("id", reason));
+        };
+        let boot = zone.size;
+        if pod.running.is_some() {
+            // What a guest takes through virtio-mem it is asked to take again.
+            zone.hotplugged_size = desired.checked_sub(boot).filter(|size| *size > 0);
+        } else {
+            (zone.size, zone.hotplugged_size) = (desired, None);
         }
+        if let Some(running) = &mut pod.running {
+            running.machine.resize_zone(id, boot, desired)?;
+        }
+        let mut plan = PodPlan::changed(config, self.expect_digest)?;
+        plan.descriptors = std::mem::take(&mut pod.plan.descriptors);
+        plan.slots = std::mem::take(&mut pod.plan.slots);
+        pod.plan = plan;
+        tracing::info!(?wanted, "zone resized");
+        Ok(())
     }
 }

@@ -67,6 +67,17 @@ fn sizes(wanted: &VmResize) -> Sizes {
 
 /// The pod's plan with the sizes of `wanted`, with which it also boots the next time.
 fn resized(pod: &Pod, wanted: &VmResize, expect_digest: Option<[u8; 48]>) -> Result<PodPlan, PodError> {
+    let zones = !pod.plan.zones.is_empty();
+    if let Some(desired) = wanted
+        .desired_ram
+        .filter(|desired| zones && *desired != pod.plan.memory)
+    {
+        let reason = format!(
+            "{desired} bytes cannot be: the pod's memory, {} bytes, is in zones; change one of them with vm.resize-zone",
+            pod.plan.memory
+        );
+        return Err(refused("desired_ram", reason));
+    }
     // What the machine says of sizes that it cannot have is told first.
     if let Some(running) = &pod.running {
         running.machine.may_resize(sizes(wanted))?;
@@ -77,17 +88,6 @@ fn resized(pod: &Pod, wanted: &VmResize, expect_digest: Option<[u8; 48]>) -> Res
     }
     if let Some(size) = wanted.desired_balloon {
         config.balloon = Some(resized_balloon(&config, size)?);
-    }
-    let zones = !pod.plan.zones.is_empty();
-    if let Some(desired) = wanted
-        .desired_ram
-        .filter(|desired| zones && *desired != pod.plan.memory)
-    {
-        let reason = format!(
-            "{desired} bytes cannot be: the pod's memory is in zones, {} bytes, which keep their sizes",
-            pod.plan.memory
-        );
-        return Err(refused("desired_ram", reason));
     }
     if let Some(desired) = wanted.desired_ram.filter(|_| !zones) {
         let memory = &mut config.memory;

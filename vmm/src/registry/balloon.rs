@@ -30,7 +30,7 @@ fn make_balloon(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, Reg
         deflate_on_oom: balloon.deflate_on_oom,
         free_page_reporting: balloon.free_page_reporting,
     };
-    let device = Balloon::new(options, means.ram.reclaim(means.grown.cloned())).map_err(|e| failed("balloon", e))?;
+    let device = Balloon::new(options, means.ram.reclaim(means.grown.to_vec())).map_err(|e| failed("balloon", e))?;
     // A machine has one for its life, so that this is the first.
     let _ = means.balloon.set(device.handle());
     Ok(vec![Wanted {

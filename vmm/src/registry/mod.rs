@@ -70,8 +70,8 @@ pub struct Means<'m> {
     pub mapper: &'m dyn FileMapper,
     /// The pod's RAM.
     pub ram: &'m GuestRam,
-    /// Room for what it is given later, if there is any.
-    pub grown: Option<&'m Arc<HotplugArea>>,
+    /// Room for what it is given later.
+    pub grown: &'m [Arc<HotplugArea>],
     /// Where a balloon leaves the monitor's side of it.
     pub balloon: &'m OnceLock<BalloonHandle>,
 }
