@@ -75,6 +75,7 @@ fn a_pod_goes_on_with_its_devices_in_use() {
     ok(&mut agent, "blk-write 8 16 1");
     let written = ok(&mut agent, "blk-read 8 16");
     ok(&mut agent, "rng 16");
+    let walked = agent.command("fs-walk").unwrap();
     let snapshot = save(&first, "snapshot");
     let before = devices(&first);
 
@@ -95,6 +96,9 @@ fn a_pod_goes_on_with_its_devices_in_use() {
     ok(&mut other, "blk-write 64 4 3");
     let more = ok(&mut other, "blk-read 64 4");
     ok(&mut other, "rng 16");
+    assert_eq!(other.command("fs-walk").unwrap(), walked);
+    ok(&mut other, "fs-write new 5000 6");
+    assert_eq!(std::fs::metadata(first.path("share/new")).unwrap().len(), 5000);
     assert_eq!(other.echo(&[7; 100_000]).unwrap(), [7; 100_000]);
 
     // The restored pod can be saved as well, with a stream that it took anew.

@@ -2,6 +2,7 @@
 //! fuse-backend-rs. This file holds the device and its queues; `share` what the guest may do with the directory,
 //! `validate` what is checked before a request is served. No DAX window, no notification queue, no threads.
 
+mod saved;
 mod share;
 mod sys;
 #[cfg(test)]
@@ -22,6 +23,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::DescriptorChain;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::saved::Saved;
 pub use self::share::FsLimits;
 use self::share::Share;
 use self::validate::{Refusal, Request};
@@ -350,18 +352,14 @@ impl VirtioDevice for Fs {
     }
 
     fn save(&mut self) -> Result<Value, StateError> {
-        let (files, open) = self.share.in_use();
-        if self.share.is_mounted() {
-            return Err(StateError::Refused(format!(
-                "the guest has it mounted ({files} files known, {open} open), and what it knows of them is not saved: \
-                 unmount it in the guest first"
-            )));
-        }
-        Ok(Value::Null)
+        state::value(&self.share.save()?)
     }
 
     fn restore(&mut self, state: Value) -> Result<(), StateError> {
-        state::nothing(&state)
+        match state::parse::<Option<Saved>>(state)? {
+            Some(saved) => self.share.restore(saved),
+            None => Ok(()),
+        }
     }
 
     fn reset(&mut self) {

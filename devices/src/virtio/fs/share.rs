@@ -4,9 +4,8 @@
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::io;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, FsOptions, OpenOptions, ROOT_ID, SetattrValid, stat64, statvfs64};
@@ -56,16 +55,39 @@ impl FsLimits {
 
 /// See the module.
 pub(super) struct Share {
-    inner: PassthroughFs,
-    readonly: bool,
+    pub(super) inner: PassthroughFs,
+    /// An absolute path without symbolic links.
+    pub(super) directory: PathBuf,
+    pub(super) readonly: bool,
     /// Not root: everything is done as the user that we are.
     squash: bool,
-    limits: FsLimits,
-    /// Lookup counts of the files that the guest knows, the root aside.
-    known: Mutex<HashMap<u64, u64>>,
-    handles: AtomicU64,
-    /// Between FUSE_INIT and FUSE_DESTROY.
-    mounted: AtomicBool,
+    pub(super) limits: FsLimits,
+    session: Mutex<Session>,
+}
+
+/// What the guest's session holds of us.
+#[derive(Default)]
+pub(super) struct Session {
+    /// The options that the guest offered in FUSE_INIT; None before it and after FUSE_DESTROY.
+    pub(super) offered: Option<FsOptions>,
+    /// Lookup counts of the files that the guest knows, the root aside. The crate counts too, but for a restored session
+    /// it begins anew: a file is forgotten there when it is forgotten here.
+    pub(super) known: HashMap<u64, u64>,
+    /// What the guest has open, by the number that it knows.
+    pub(super) open: HashMap<u64, Handle>,
+    /// The number given last.
+    pub(super) last_handle: u64,
+}
+
+/// A file or directory that the guest has open.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handle {
+    /// The crate's number.
+    pub(super) inner: u64,
+    pub(super) inode: u64,
+    /// As it was opened.
+    pub(super) flags: u32,
+    pub(super) directory: bool,
 }
 
 fn errno(code: i32) -> io::Error {
@@ -93,26 +115,22 @@ impl Share {
         };
         Ok(Self {
             inner: PassthroughFs::new(config)?,
+            directory: directory.to_owned(),
             readonly,
             squash: !sys::is_root(),
             limits,
-            known: Mutex::default(),
-            handles: AtomicU64::new(0),
-            mounted: AtomicBool::new(false),
+            session: Mutex::default(),
         })
+    }
+
+    pub(super) fn session(&self) -> MutexGuard<'_, Session> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Files that the guest knows, and has open.
     pub(super) fn in_use(&self) -> (u64, u64) {
-        (
-            self.known.lock().unwrap_or_else(PoisonError::into_inner).len() as u64,
-            self.handles.load(Ordering::Relaxed),
-        )
-    }
-
-    /// Whether the guest has a session.
-    pub(super) fn is_mounted(&self) -> bool {
-        self.mounted.load(Ordering::Relaxed)
+        let session = self.session();
+        (session.known.len() as u64, session.open.len() as u64)
     }
 
     fn writable(&self) -> io::Result<()> {
@@ -131,7 +149,7 @@ impl Share {
             return Ok(entry);
         }
         {
-            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = &mut self.session().known;
             let full = known.len() as u64 >= self.limits.inodes;
             match known.get_mut(&entry.inode) {
                 Some(count) => {
@@ -149,41 +167,54 @@ impl Share {
         Err(errno(libc::ENFILE))
     }
 
-    fn unlearn(&self, inode: u64, times: u64) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = known.get_mut(&inode) {
-            *count = count.saturating_sub(times);
-            if *count == 0 {
-                known.remove(&inode);
-            }
+    /// The guest forgets a file as often; whether it knows it no more.
+    fn unlearn(&self, inode: u64, times: u64) -> bool {
+        let known = &mut self.session().known;
+        let Some(count) = known.get_mut(&inode) else {
+            return false;
+        };
+        *count = count.saturating_sub(times);
+        let gone = *count == 0;
+        if gone {
+            known.remove(&inode);
         }
+        gone
     }
 
     fn may_open(&self) -> io::Result<()> {
-        if self.handles.load(Ordering::Relaxed) >= self.limits.handles {
+        if self.session().open.len() as u64 >= self.limits.handles {
             Err(errno(libc::ENFILE))
         } else {
             Ok(())
         }
     }
 
-    fn closed(&self, result: io::Result<()>) -> io::Result<()> {
-        if result.is_ok() {
-            // One thread; never below zero, since the crate releases only what it opened.
-            let open = self.handles.load(Ordering::Relaxed);
-            self.handles.store(open.saturating_sub(1), Ordering::Relaxed);
-        }
-        result
+    /// The guest's number for what was opened.
+    fn opened(&self, inner: Option<u64>, inode: u64, flags: u32, directory: bool) -> Option<u64> {
+        let handle = Handle {
+            inner: inner?,
+            inode,
+            flags,
+            directory,
+        };
+        let mut session = self.session();
+        session.last_handle = session.last_handle.saturating_add(1);
+        let number = session.last_handle;
+        session.open.insert(number, handle);
+        Some(number)
     }
 
-    fn opened(&self) {
-        self.handles.fetch_add(1, Ordering::Relaxed);
+    /// The crate's number for the guest's.
+    fn handle(&self, number: u64) -> io::Result<u64> {
+        let handle = self.session().open.get(&number).copied();
+        handle.map(|h| h.inner).ok_or_else(|| errno(libc::EBADF))
     }
 
-    fn forget_all(&self) {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        self.handles.store(0, Ordering::Relaxed);
-        self.mounted.store(false, Ordering::Relaxed);
+    /// Closes by `close`, which is given the crate's number.
+    fn close(&self, number: u64, close: impl FnOnce(u64) -> io::Result<()>) -> io::Result<()> {
+        close(self.handle(number)?)?;
+        self.session().open.remove(&number);
+        Ok(())
     }
 }
 
@@ -196,7 +227,7 @@ impl FileSystem for Share {
         // The crate clears the process's mask here.
         let _mask = sys::NoUmask::new();
         let wanted = self.inner.init(capable - FsOptions::PERFILE_DAX)?;
-        self.mounted.store(true, Ordering::Relaxed);
+        self.session().offered = Some(capable);
         Ok(wanted
             | FsOptions::ASYNC_READ
             | FsOptions::ASYNC_DIO
@@ -210,7 +241,7 @@ impl FileSystem for Share {
     fn destroy(&self) {
         let _mask = sys::NoUmask::new();
         self.inner.destroy();
-        self.forget_all();
+        *self.session() = Session::default();
     }
 
     fn id_remap(&self, ctx: &mut Context) -> io::Result<()> {
@@ -227,8 +258,9 @@ impl FileSystem for Share {
     }
 
     fn forget(&self, ctx: &Context, inode: u64, count: u64) {
-        self.inner.forget(ctx, inode, count);
-        self.unlearn(inode, count);
+        if self.unlearn(inode, count) {
+            self.inner.forget(ctx, inode, u64::MAX);
+        }
     }
 
     fn batch_forget(&self, ctx: &Context, requests: Vec<(u64, u64)>) {
@@ -238,6 +270,7 @@ impl FileSystem for Share {
     }
 
     fn getattr(&self, ctx: &Context, inode: u64, handle: Option<u64>) -> io::Result<(stat64, Duration)> {
+        let handle = handle.map(|h| self.handle(h)).transpose()?;
         self.inner.getattr(ctx, inode, handle)
     }
 
@@ -250,6 +283,7 @@ impl FileSystem for Share {
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
         self.writable()?;
+        let handle = handle.map(|h| self.handle(h)).transpose()?;
         self.inner.setattr(ctx, inode, attr, handle, valid)
     }
 
@@ -321,9 +355,8 @@ impl FileSystem for Share {
             self.writable()?;
         }
         self.may_open()?;
-        let opened = self.inner.open(ctx, inode, flags, fuse_flags)?;
-        self.opened();
-        Ok(opened)
+        let (inner, options, backing) = self.inner.open(ctx, inode, flags, fuse_flags)?;
+        Ok((self.opened(inner, inode, flags, false), options, backing))
     }
 
     fn create(
@@ -342,12 +375,11 @@ impl FileSystem for Share {
         let _mask = sys::NoUmask::new();
         let (entry, handle, options, backing) = self.inner.create(ctx, parent, name, args)?;
         let inode = entry.inode;
-        self.opened();
         match self.admit(ctx, entry) {
-            Ok(entry) => Ok((entry, handle, options, backing)),
+            Ok(entry) => Ok((entry, self.opened(handle, inode, args.flags, false), options, backing)),
             Err(error) => {
                 let handle = handle.unwrap_or_default();
-                self.closed(self.inner.release(ctx, inode, 0, handle, false, false, None))?;
+                self.inner.release(ctx, inode, 0, handle, false, false, None)?;
                 Err(error)
             }
         }
@@ -364,6 +396,7 @@ impl FileSystem for Share {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        let handle = self.handle(handle)?;
         self.inner
             .read(ctx, inode, handle, w, size, offset, lock_owner, flags_for_host(flags))
     }
@@ -382,7 +415,7 @@ impl FileSystem for Share {
         fuse_flags: u32,
     ) -> io::Result<usize> {
         self.writable()?;
-        let flags = flags_for_host(flags);
+        let (flags, handle) = (flags_for_host(flags), self.handle(handle)?);
         self.inner.write(
             ctx,
             inode,
@@ -398,16 +431,17 @@ impl FileSystem for Share {
     }
 
     fn flush(&self, ctx: &Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
-        self.inner.flush(ctx, inode, handle, lock_owner)
+        self.inner.flush(ctx, inode, self.handle(handle)?, lock_owner)
     }
 
     fn fsync(&self, ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
-        self.inner.fsync(ctx, inode, datasync, handle)
+        self.inner.fsync(ctx, inode, datasync, self.handle(handle)?)
     }
 
     fn fallocate(&self, ctx: &Context, inode: u64, handle: u64, mode: u32, offset: u64, length: u64) -> io::Result<()> {
         self.writable()?;
-        self.inner.fallocate(ctx, inode, handle, mode, offset, length)
+        self.inner
+            .fallocate(ctx, inode, self.handle(handle)?, mode, offset, length)
     }
 
     fn release(
@@ -420,10 +454,10 @@ impl FileSystem for Share {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        self.closed(
+        self.close(handle, |inner| {
             self.inner
-                .release(ctx, inode, flags, handle, flush, flock_release, lock_owner),
-        )
+                .release(ctx, inode, flags, inner, flush, flock_release, lock_owner)
+        })
     }
 
     fn statfs(&self, ctx: &Context, inode: u64) -> io::Result<statvfs64> {
@@ -434,9 +468,9 @@ impl FileSystem for Share {
         self.may_open()?;
         // A directory is only ever read.
         let flags = flags_for_host(flags).cast_signed() & !(libc::O_ACCMODE | libc::O_TRUNC);
-        let opened = self.inner.opendir(ctx, inode, flags.cast_unsigned())?;
-        self.opened();
-        Ok(opened)
+        let flags = flags.cast_unsigned();
+        let (inner, options) = self.inner.opendir(ctx, inode, flags)?;
+        Ok((self.opened(inner, inode, flags, true), options))
     }
 
     fn readdir(
@@ -448,7 +482,8 @@ impl FileSystem for Share {
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
-        self.inner.readdir(ctx, inode, handle, size, offset, add_entry)
+        self.inner
+            .readdir(ctx, inode, self.handle(handle)?, size, offset, add_entry)
     }
 
     fn readdirplus(
@@ -460,6 +495,7 @@ impl FileSystem for Share {
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
+        let handle = self.handle(handle)?;
         self.inner
             .readdirplus(ctx, inode, handle, size, offset, &mut |name, entry| {
                 let entry = self.admit(ctx, entry)?;
@@ -467,7 +503,9 @@ impl FileSystem for Share {
                 let added = add_entry(name, entry);
                 // No room: the guest was not told. The crate forgets by itself only where nothing failed.
                 match &added {
-                    Ok(0) => self.unlearn(known, 1),
+                    Ok(0) => {
+                        self.unlearn(known, 1);
+                    }
                     Ok(_) => {}
                     Err(_) => self.forget(ctx, known, 1),
                 }
@@ -476,11 +514,11 @@ impl FileSystem for Share {
     }
 
     fn fsyncdir(&self, ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
-        self.inner.fsyncdir(ctx, inode, datasync, handle)
+        self.inner.fsyncdir(ctx, inode, datasync, self.handle(handle)?)
     }
 
     fn releasedir(&self, ctx: &Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
-        self.closed(self.inner.releasedir(ctx, inode, flags, handle))
+        self.close(handle, |inner| self.inner.releasedir(ctx, inode, flags, inner))
     }
 
     fn access(&self, ctx: &Context, inode: u64, mask: u32) -> io::Result<()> {
@@ -491,6 +529,6 @@ impl FileSystem for Share {
     }
 
     fn lseek(&self, ctx: &Context, inode: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
-        self.inner.lseek(ctx, inode, handle, offset, whence)
+        self.inner.lseek(ctx, inode, self.handle(handle)?, offset, whence)
     }
 }

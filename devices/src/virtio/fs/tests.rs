@@ -59,6 +59,8 @@ macro_rules! body {
     }};
 }
 
+mod saved;
+
 fn name(text: &str) -> Vec<u8> {
     CString::new(text).unwrap().into_bytes_with_nul()
 }
