@@ -34,7 +34,7 @@ pub use self::disk::DiskError;
 use self::extras::Extras;
 use self::resize::{Growth, Room};
 pub use self::resize::{ResizeError, Sizes};
-pub use self::saved::MachineState;
+pub use self::saved::{MachineState, SavedZone};
 use crate::chipset::Chipset;
 use crate::config::{Boot, PodPlan};
 use crate::consoles::Consoles;

@@ -21,7 +21,7 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress,
 };
 
-pub use self::zones::Zone;
+pub use self::zones::{SavedRange, Zone, saved_ranges};
 use crate::sys::{self, MemoryAdvice};
 
 /// How RAM is to be had.

@@ -12,9 +12,10 @@ use podvisor_snp::digest::sha384;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::config::PodPlan;
 use crate::hex;
 use crate::machine::MachineState;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, SavedRange, Zone, saved_ranges};
 
 /// The format that this version writes and reads.
 const VERSION: u64 = 2;
@@ -73,8 +74,8 @@ pub struct Snapshot {
     pub config: VmConfig,
     /// Its machine.
     pub state: MachineState,
-    /// Its RAM.
-    pub memory: File,
+    /// Its RAM, as far as that is not in files of its own.
+    pub memory: Option<File>,
 }
 
 /// The directory that `url` names in `field`.
@@ -118,9 +119,9 @@ fn create(path: &Path) -> Result<File, SnapshotError> {
 ///
 /// # Errors
 /// When a file cannot be written; those that were are removed.
-pub fn write(dir: &Path, config: &VmConfig, state: &MachineState, ram: &GuestRam) -> Result<(), SnapshotError> {
+pub fn write(dir: &Path, plan: &PodPlan, state: &MachineState, ram: &GuestRam) -> Result<(), SnapshotError> {
     let mut made = Vec::new();
-    let outcome = write_files(dir, config, state, ram, &mut made);
+    let outcome = write_files(dir, plan, state, ram, &mut made);
     if outcome.is_err() {
         for path in made {
             // The error that is reported came first.
@@ -132,7 +133,7 @@ pub fn write(dir: &Path, config: &VmConfig, state: &MachineState, ram: &GuestRam
 
 fn write_files(
     dir: &Path,
-    config: &VmConfig,
+    plan: &PodPlan,
     state: &MachineState,
     ram: &GuestRam,
     made: &mut Vec<PathBuf>,
@@ -148,12 +149,17 @@ fn write_files(
         Ok((path, file))
     };
     let (path, mut file) = new(CONFIG)?;
-    let text = serde_json::to_vec_pretty(config).map_err(|e| broken(&path, e.to_string()))?;
+    let text = serde_json::to_vec_pretty(&plan.config).map_err(|e| broken(&path, e.to_string()))?;
     file.write_all(&text).map_err(at(&path))?;
     file.sync_all().map_err(at(&path))?;
-    let (path, file) = new(MEMORY)?;
-    write_memory(&file, ram).map_err(at(&path))?;
-    file.sync_all().map_err(at(&path))?;
+    if state.has_memory_file() {
+        let (path, file) = new(MEMORY)?;
+        write_memory(&file, ram, &plan.zones).map_err(at(&path))?;
+        file.sync_all().map_err(at(&path))?;
+    }
+    for zone in &plan.zones {
+        zone.sync().map_err(at(zone.file.as_deref().unwrap_or(dir)))?;
+    }
     // What has this name is whole, whenever the machine or the disk gives up.
     let (path, mut file) = new(UNFINISHED)?;
     let state = serde_json::to_value(state).map_err(|e| broken(&path, e.to_string()))?;
@@ -175,13 +181,14 @@ fn checksum(state: &Value) -> String {
     hex::encode(&sha384(state.to_string().as_bytes()))
 }
 
-fn write_memory(file: &File, ram: &GuestRam) -> io::Result<()> {
+fn write_memory(file: &File, ram: &GuestRam, zones: &[Zone]) -> io::Result<()> {
     file.set_len(ram.size())?;
     let mut offset = 0;
     let mut chunk = vec![0; CHUNK];
     let mut touched = Touched::new();
-    for (gpa, len) in crate::memory::ram_ranges(ram.size()) {
-        let mut done = 0;
+    for SavedRange { gpa, len, in_file } in saved_ranges(ram.size(), zones) {
+        // What is in a file of its own is a hole here.
+        let mut done = if in_file { len } else { 0 };
         while done < len {
             let n = usize::try_from(len - done).unwrap_or(CHUNK).min(CHUNK);
             if ram.host_of(gpa + done).is_none_or(|address| touched.any(address, n)) {
@@ -290,11 +297,16 @@ pub fn read(dir: &Path) -> Result<Snapshot, SnapshotError> {
     let state: MachineState = serde_json::from_value(whole.state).map_err(|e| broken(&path, e.to_string()))?;
     let path = dir.join(CONFIG);
     let config = podvisor_api::from_json(&read_json(&path)?).map_err(|e| broken(&path, e.to_string()))?;
-    let path = dir.join(MEMORY);
-    let memory = open(&path)?;
-    let len = memory.metadata().map_err(at(&path))?.len();
-    if len != state.memory {
-        return Err(broken(&path, format!("it has {len} bytes, not {}", state.memory)));
-    }
+    let memory = if state.has_memory_file() {
+        let path = dir.join(MEMORY);
+        let memory = open(&path)?;
+        let len = memory.metadata().map_err(at(&path))?.len();
+        if len != state.memory {
+            return Err(broken(&path, format!("it has {len} bytes, not {}", state.memory)));
+        }
+        Some(memory)
+    } else {
+        None
+    };
     Ok(Snapshot { config, state, memory })
 }

@@ -147,6 +147,99 @@ fn clones_of_one_snapshot_do_not_see_each_other() {
     );
 }
 
+/// Kata's template factory: one pod boots with its memory in a file and is saved beside it; others begin with a private
+/// copy, from a directory into which the shim puts the state and an edited configuration, and nothing else.
+#[test]
+fn pods_are_made_from_a_template() {
+    if !kvm() {
+        return;
+    }
+    let template = Process::start();
+    let home = template.path("template");
+    std::fs::create_dir(&home).unwrap();
+    std::fs::File::create(home.join("memory")).unwrap();
+    let mut config = template.pod_config("none");
+    config["memory"] = json!({"size": 0, "shared": true, "zones": [
+        {"id": "mem0", "size": 512u64 << 20, "file": home.join("memory"), "shared": true, "hugepages": false,
+         "prefault": false},
+    ]});
+    config["disks"][0]["readonly"] = json!(true);
+    template.boot_with(&config);
+    drop(template.agent());
+    template.put("vm.pause", None);
+    template.put("vm.snapshot", Some(&json!({"destination_url": url(&home)})));
+    template.put("vmm.shutdown", None);
+    let mut files: Vec<_> = std::fs::read_dir(&home)
+        .unwrap()
+        .map(|f| f.unwrap().file_name())
+        .collect();
+    files.sort();
+    assert_eq!(files, ["config.json", "memory", "state.json"]);
+    let memory = std::fs::metadata(home.join("memory")).unwrap();
+
+    let edit = |process: &Process, config: &mut Value| {
+        config["vsock"]["socket"] = json!(process.path("vsock"));
+        config["memory"]["shared"] = json!(false);
+        config["memory"]["zones"][0]["shared"] = json!(false);
+    };
+    let clones: Vec<Process> = (0..2).map(|_| Process::start()).collect();
+    for clone in &clones {
+        let directory = edited(&home, clone.path("vm"), |config| edit(clone, config));
+        // Only in its own directory is there a file of ranges.
+        std::fs::remove_file(directory.join("memory-ranges")).unwrap();
+        clone.put("vm.restore", Some(&json!({"source_url": url(&directory)})));
+        assert_eq!(clone.info()["state"], "Paused");
+        clone.put("vm.resume", None);
+    }
+    for (clone, size) in clones.iter().zip([1000, 2000]) {
+        let mut agent = clone.agent();
+        ok(&mut agent, &format!("fs-write of-{size} {size} 1"));
+        assert_eq!(agent.echo(&vec![3; size]).unwrap(), vec![3; size]);
+    }
+    // What was made from a template can be saved too: its memory is nobody's file then.
+    let again = save(&clones[0], "snapshot");
+    let third = Process::start();
+    let directory = edited(&again, third.path("vm"), |config| edit(&third, config));
+    third.put(
+        "vm.restore",
+        Some(&json!({"source_url": url(&directory), "resume": true})),
+    );
+    ok(&mut third.agent(), "fs-read of-1000");
+    let now = std::fs::metadata(home.join("memory")).unwrap();
+    assert_eq!((now.mtime(), now.mtime_nsec()), (memory.mtime(), memory.mtime_nsec()));
+
+    // As it was saved it would be everybody's memory; and without its file it is nothing.
+    let other = Process::start();
+    type Change = fn(&mut Value);
+    let changes: [(&str, Change, &str); 4] = [
+        ("shared", |c| c["memory"]["zones"][0]["shared"] = json!(true), "mem0"),
+        (
+            "nowhere",
+            |c| c["memory"]["zones"][0]["file"] = json!("/nonexistent"),
+            "/nonexistent",
+        ),
+        (
+            "renamed",
+            |c| c["memory"]["zones"][0]["id"] = json!("mem1"),
+            "memory.zones",
+        ),
+        (
+            "larger",
+            |c| c["memory"]["zones"][0]["size"] = json!(1u64 << 30),
+            "memory",
+        ),
+    ];
+    for (name, change, word) in changes {
+        let directory = edited(&home, other.path(name), |config| {
+            edit(&other, config);
+            change(config);
+        });
+        let (status, said) = other.request("PUT", "vm.restore", Some(&json!({"source_url": url(&directory)})));
+        assert_eq!(status, 400, "{name}: {said}");
+        assert!(said.to_string().contains(word), "{name}: {said}");
+    }
+}
+
 #[test]
 fn what_the_configuration_may_not_say_is_refused_by_name() {
     if !kvm() {

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::{BootError, BootTimings, Chipset, DeviceInfo, During, Growth, Machine, Outside, Subscribers};
 use crate::config::PodPlan;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Zone};
 use crate::vcpu::state::VcpuState;
 use crate::vcpu::{VcpuContext, Vcpus};
 
@@ -36,6 +36,45 @@ pub struct MachineState {
     pvpanic: Option<Vec<u8>>,
     /// Bytes of RAM.
     pub memory: u64,
+    /// The zones that make it, if any.
+    pub zones: Vec<SavedZone>,
+}
+
+/// A zone of the RAM.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedZone {
+    id: String,
+    size: u64,
+    /// Its content is in its own file.
+    in_file: bool,
+}
+
+impl SavedZone {
+    /// What a snapshot has to know of `zone`.
+    #[must_use]
+    pub fn of(zone: &Zone) -> Self {
+        Self {
+            id: zone.id.clone(),
+            size: zone.size,
+            in_file: zone.keeps_itself(),
+        }
+    }
+}
+
+/// Maps the memory of a snapshot for `plan`.
+fn restored_ram(plan: &PodPlan, zones: &[SavedZone], memory: Option<&File>) -> Result<GuestRam, BootError> {
+    let planned = plan.zones.iter().map(|zone| (&*zone.id, zone.size));
+    if !planned.eq(zones.iter().map(|zone| (&*zone.id, zone.size))) {
+        return Err(BootError::new(
+            "memory.zones of config.json are not those of state.json: of zones, only file and shared can be edited",
+        ));
+    }
+    if let (true, Some(memory)) = (plan.zones.is_empty(), memory) {
+        return GuestRam::from_file(plan.memory, &plan.ram, memory).during("guest memory");
+    }
+    let kept: Vec<&str> = zones.iter().filter(|z| z.in_file).map(|z| &*z.id).collect();
+    GuestRam::from_zones(&plan.zones, &kept, memory).during("guest memory")
 }
 
 /// A virtio device.
@@ -129,6 +168,12 @@ impl DeviceInfo {
 }
 
 impl MachineState {
+    /// Whether some memory is in no file of its own.
+    #[must_use]
+    pub fn has_memory_file(&self) -> bool {
+        self.zones.is_empty() || self.zones.iter().any(|zone| !zone.in_file)
+    }
+
     /// Which slot each device is in, by its name.
     #[must_use]
     pub fn slots(&self) -> BTreeMap<String, u8> {
@@ -166,6 +211,7 @@ impl Machine {
             descriptors: BTreeMap::new(),
             pvpanic: self.extras.save(),
             memory: self.ram.size(),
+            zones: Vec::new(),
         })
     }
 
@@ -175,7 +221,8 @@ impl Machine {
         &self.ram
     }
 
-    /// Puts together the machine of `plan` as it was in `state`, with the memory in `memory`. It is paused.
+    /// Puts together the machine of `plan` as it was in `state`, with the memory in `memory`, as far as it is not in
+    /// the files of its zones. It is paused.
     ///
     /// # Errors
     /// When the state is not that of a machine of this plan; everything that was made is gone then.
@@ -183,7 +230,7 @@ impl Machine {
         plan: &PodPlan,
         outside: Outside<'_>,
         state: MachineState,
-        memory: &File,
+        memory: Option<&File>,
     ) -> Result<(Self, Subscribers), BootError> {
         let start = Instant::now();
         if usize::try_from(plan.vcpus) != Ok(state.vcpus.len()) || plan.memory != state.memory {
@@ -198,7 +245,7 @@ impl Machine {
         let kvm = super::open_kvm()?;
         let cpuid = super::cpuid_template(&kvm, plan)?;
         let acpi = super::acpi_machine(plan, cpuid.phys_bits());
-        let ram = GuestRam::from_file(plan.memory, &plan.ram, memory).during("guest memory")?;
+        let ram = restored_ram(plan, &state.zones, memory)?;
         let vm = super::create_plain_vm(&kvm, &ram)?;
         let fds = super::create_vcpus(&vm, plan.vcpus, &cpuid, outside.telling)?;
         let mut parts = super::add_devices(plan, &vm, &acpi, &ram, None, outside)?;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
-use super::{GuestRam, RamError, RamOptions, advise, host_address, ram_ranges};
+use super::{GuestRam, RamError, RamOptions, advise, host_address, map_private, ram_ranges};
 use crate::sys;
 
 /// A part of the RAM.
@@ -61,7 +61,67 @@ fn pieces(sizes: &[u64]) -> Vec<Piece> {
     pieces
 }
 
+/// A run of RAM, as a snapshot looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SavedRange {
+    /// Guest address.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// It is in its zone's own file already.
+    pub in_file: bool,
+}
+
+/// The RAM of `size` bytes in `zones`, if there are any, in address order.
+#[must_use]
+pub fn saved_ranges(size: u64, zones: &[Zone]) -> Vec<SavedRange> {
+    if zones.is_empty() {
+        let range = |(gpa, len)| SavedRange {
+            gpa,
+            len,
+            in_file: false,
+        };
+        return ram_ranges(size).into_iter().map(range).collect();
+    }
+    let sizes: Vec<u64> = zones.iter().map(|zone| zone.size).collect();
+    let range = |piece: Piece| SavedRange {
+        gpa: piece.gpa,
+        len: piece.len,
+        in_file: zones.get(piece.zone).is_some_and(Zone::keeps_itself),
+    };
+    pieces(&sizes).into_iter().map(range).collect()
+}
+
 impl Zone {
+    /// Whether all that the guest writes is in a file with a name: nothing of it has to be saved.
+    #[must_use]
+    pub fn keeps_itself(&self) -> bool {
+        self.options.shared && self.file.as_ref().is_some_and(|path| path.is_file())
+    }
+
+    /// Has the host write the zone's file to its disk, if it keeps itself.
+    ///
+    /// # Errors
+    /// As the host says.
+    pub fn sync(&self) -> io::Result<()> {
+        match self.file.as_ref().filter(|_| self.keeps_itself()) {
+            Some(path) => File::open(path)?.sync_all(),
+            None => Ok(()),
+        }
+    }
+
+    /// The zone's file, for a private mapping of what another pod left in it.
+    fn kept(&self) -> io::Result<File> {
+        let invalid = |reason: &str| io::Error::new(io::ErrorKind::InvalidInput, reason);
+        if self.file.as_ref().is_none_or(|path| !path.is_file()) {
+            return Err(invalid(
+                "the pod's memory is in the zone's file: give the file that it was saved with",
+            ));
+        }
+        let file = self.backing()?;
+        file.ok_or_else(|| invalid("the zone has no file"))
+    }
+
     fn failed(&self, source: io::Error) -> RamError {
         RamError::Zone {
             id: self.id.clone(),
@@ -159,6 +219,45 @@ impl GuestRam {
             let region = zone.map(&piece, file.as_ref()).map_err(|e| zone.failed(e))?;
             advise(host_address(&region), piece.len, piece.gpa, &zone.options)?;
             regions.push(Arc::new(region));
+        }
+        Ok(Self { regions })
+    }
+}
+
+impl GuestRam {
+    /// Maps the RAM of a snapshot privately: zones of `kept` from their own files, the others from `memory`.
+    ///
+    /// # Errors
+    /// When the host cannot, or a zone is to be shared or in huge pages, by its name.
+    pub fn from_zones(zones: &[Zone], kept: &[&str], memory: Option<&File>) -> Result<Self, RamError> {
+        let sizes: Vec<u64> = zones.iter().map(|zone| zone.size).collect();
+        let mut files = Vec::new();
+        for zone in zones {
+            if zone.options.shared || zone.options.hugepages {
+                let reason = "shared and hugepages must be off: a restored pod has its memory mapped privately";
+                return Err(zone.failed(io::Error::new(io::ErrorKind::InvalidInput, reason)));
+            }
+            let own = kept.contains(&zone.id.as_str()).then(|| zone.kept()).transpose();
+            files.push(own.map_err(|e| zone.failed(e))?);
+        }
+        let mut regions = Vec::new();
+        let mut at = 0;
+        for piece in pieces(&sizes) {
+            let (Some(zone), Some(file)) = (zones.get(piece.zone), files.get(piece.zone)) else {
+                continue;
+            };
+            let (file, offset) = match file {
+                Some(file) => (Some(file), piece.offset),
+                None => (memory, at),
+            };
+            let file = file.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound));
+            let mapped = file
+                .and_then(File::try_clone)
+                .and_then(|file| map_private(piece.gpa, piece.len, FileOffset::new(file, offset)));
+            let region = mapped.map_err(|e| zone.failed(e))?;
+            advise(host_address(&region), piece.len, piece.gpa, &zone.options)?;
+            regions.push(Arc::new(region));
+            at += piece.len;
         }
         Ok(Self { regions })
     }

@@ -11,7 +11,7 @@ use podvisor_api::types::{Isolation, RestoreConfig, VmConfig};
 use super::{Events, Pod, PodError, PodSlot, Running};
 use crate::config::{Descriptors, PodPlan};
 use crate::consoles::Consoles;
-use crate::machine::{BootError, Machine, Outside};
+use crate::machine::{BootError, Machine, Outside, SavedZone};
 use crate::snapshot;
 
 impl PodSlot {
@@ -26,8 +26,9 @@ impl PodSlot {
         let mut state = machine.save().map_err(PodError::Unsaved)?;
         let descriptors = pod.plan.descriptors.iter();
         state.descriptors = descriptors.map(|(id, fds)| (id.clone(), fds.len())).collect();
+        state.zones = pod.plan.zones.iter().map(SavedZone::of).collect();
         self.telling.vm(What::Snapshotting);
-        snapshot::write(&directory, &pod.plan.config, &state, machine.ram())?;
+        snapshot::write(&directory, &pod.plan, &state, machine.ram())?;
         self.telling.vm(What::Snapshotted);
         tracing::info!(directory = %directory.display(), "pod saved");
         Ok(())
@@ -50,7 +51,9 @@ impl PodSlot {
         let saved = snapshot::read(&snapshot::directory("source_url", &wanted.source_url)?)?;
         let mut plan = PodPlan::changed(saved.config, self.expect_digest)?;
         plan.slots = saved.state.slots();
-        plan.ram.prefault |= wanted.copies_memory();
+        let copy = wanted.copies_memory();
+        plan.ram.prefault |= copy;
+        plan.zones.iter_mut().for_each(|zone| zone.options.prefault |= copy);
         plan.descriptors = descriptors(wanted, files, &plan.config, &saved.state.descriptors)?;
         if plan.isolation != Isolation::None {
             return Err(PodError::Unsaved(BootError::new(
@@ -65,7 +68,7 @@ impl PodSlot {
             consoles: &consoles,
         };
         let (machine, subscribers) =
-            Machine::restore(&plan, outside, saved.state, &saved.memory).map_err(PodError::Unsaved)?;
+            Machine::restore(&plan, outside, saved.state, saved.memory.as_ref()).map_err(PodError::Unsaved)?;
         let subscribers = subscribers
             .into_iter()
             .map(|(place, s)| (place, events.add_subscriber(s)))
