@@ -41,8 +41,6 @@ need_tests() {
     apt_need mkfs.ext4 e2fsprogs
     apt_need file file
     need_nested
-    # Debian 12 has it in qemu-system-common, which came just now; later ones have a package of its own.
-    [ -x /usr/lib/qemu/virtiofsd ] || apt_need /usr/libexec/virtiofsd virtiofsd
     cargo_need cargo-nextest cargo-nextest
     cargo_need cargo-deny cargo-deny
     cargo_need cargo-fuzz cargo-fuzz
@@ -51,6 +49,8 @@ need_tests() {
 # What boots Linux pods in an emulated host.
 need_nested() {
     apt_need qemu-system-x86_64 qemu-system-x86
+    # Debian 12 has it in qemu-system-common, which came just now; later ones have a package of its own.
+    [ -x /usr/lib/qemu/virtiofsd ] || apt_need /usr/libexec/virtiofsd virtiofsd
     apt_need cc build-essential
     apt_need mkfs.ext4 e2fsprogs
     apt_need lz4 lz4

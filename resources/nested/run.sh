@@ -52,6 +52,12 @@ host_items=(--kernel "$host" "file=/bin/busybox:/bin/busybox" "file=/bin/duct:$w
     "file=/pod/vmlinux:$pod/vmlinux" "file=/pod/initramfs:$work/pod" "program=/bin/podvisor:$podvisor"
     "program=/bin/mkfs.ext4:$(command -v mkfs.ext4)" "program=/bin/e2fsck:$(command -v e2fsck)"
     dir=/dev dir=/proc dir=/sys dir=/tmp module=kvm_amd module=tun)
+# Debian 12 has it in qemu-system-common, with options of its own; later ones have a package.
+if [ -x /usr/libexec/virtiofsd ]; then host_items+=("program=/bin/virtiofsd:/usr/libexec/virtiofsd")
+elif [ -x /usr/lib/qemu/virtiofsd ]; then
+    touch "$work/of-qemu"
+    host_items+=("program=/bin/virtiofsd:/usr/lib/qemu/virtiofsd" "file=/etc/virtiofsd-of-qemu:$work/of-qemu")
+fi
 if [ -n "$verbose" ]; then touch "$work/verbose"; host_items+=("file=/verbose:$work/verbose"); fi
 python3 "$here/initramfs.py" "$work/host" "${host_items[@]}"
 

@@ -11,6 +11,8 @@
 mod common;
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -248,7 +250,7 @@ fn a_back_end_that_says_nothing_fails_the_boot_and_not_the_monitor() {
     let process = Process::start();
     let mut config = shared_config(&process);
     let socket = process.path("mute.sock");
-    let _mute = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let _mute = UnixListener::bind(&socket).unwrap();
     config["fs"] = json!([{"tag": "t", "socket": socket}]);
     process.put("vm.create", Some(&config));
     let (status, said) = process.request("PUT", "vm.boot", None);
@@ -256,4 +258,76 @@ fn a_back_end_that_says_nothing_fails_the_boot_and_not_the_monitor() {
     assert!(said.to_string().contains("GET_FEATURES"), "{said}");
     assert_eq!(process.info()["state"], "Created");
     assert!(Client::connect(&process.socket).is_ok());
+}
+
+/// A network's back end as far as a monitor without a driver hears of it: answers the handshake on `socket` until the
+/// monitor is gone, and returns which requests came (QEMU's docs/interop/vhost-user.rst has the numbers).
+fn greet(mut socket: UnixStream) -> Vec<u32> {
+    let mut requests = Vec::new();
+    let mut header = [0; 12];
+    while socket.read_exact(&mut header).is_ok() {
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        let (request, size) = (word(0), word(8));
+        let mut body = vec![0; size.try_into().unwrap()];
+        socket.read_exact(&mut body).unwrap();
+        requests.push(request);
+        // VIRTIO_F_VERSION_1 and the protocol's features, of which it has MQ; two queues.
+        let answer: u64 = match request {
+            1 => 1 << 32 | 1 << 30,
+            15 => 1,
+            17 => 2,
+            _ => continue,
+        };
+        let mut bytes = Vec::new();
+        for word in [request, 5, 8] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        bytes.extend(answer.to_ne_bytes());
+        socket.write_all(&bytes).unwrap();
+    }
+    requests
+}
+
+#[test]
+fn a_network_connects_and_is_connected_to() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    pvh_kernel(&process.path("kernel"), IDLE);
+    let (ours, theirs) = (process.path("ours.sock"), process.path("theirs.sock"));
+    let net = |socket: &Path, mode: &str, mac: &str| {
+        json!({"vhost_user": true, "vhost_socket": socket, "vhost_mode": mode, "num_queues": 2, "queue_size": 256,
+               "mac": mac})
+    };
+    process.put(
+        "vm.create",
+        Some(&json!({
+            "memory": {"size": 128 << 20, "shared": true}, "payload": {"kernel": process.path("kernel")},
+            "console": {"mode": "Off"}, "net": [net(&theirs, "Client", "52:54:00:00:00:01")],
+        })),
+    );
+    let listener = UnixListener::bind(&theirs).unwrap();
+    let first = std::thread::spawn(move || greet(listener.accept().unwrap().0));
+    process.put("vm.boot", None);
+    let path = ours.clone();
+    let second =
+        std::thread::spawn(move || greet(wait_for("the monitor to listen", || UnixStream::connect(&path).ok())));
+    let (status, said) = process.request("PUT", "vm.add-net", Some(&net(&ours, "Server", "52:54:00:00:00:02")));
+    assert_eq!((status, &said["id"]), (200, &json!("_net1")), "{said}");
+    assert!(!ours.exists());
+    for id in ["_net0", "_net1"] {
+        assert_eq!(state(&process, id).as_deref(), Some("configuring"));
+    }
+    // Nobody comes to this one, and the pod goes on.
+    let (status, said) = process.request("PUT", "vm.add-net", Some(&net(&ours, "Server", "52:54:00:00:00:03")));
+    assert_eq!(status, 400);
+    assert!(said.to_string().contains("no back end connects"), "{said}");
+    assert_eq!(process.info()["config"]["net"].as_array().unwrap().len(), 2);
+    process.put("vm.delete", None);
+    for back_end in [first, second] {
+        let requests = back_end.join().unwrap();
+        // Features, the protocol's, owner, number of queues; the memory is told when there is a driver.
+        assert_eq!(requests, [1, 15, 16, 3, 17]);
+    }
 }
