@@ -17,5 +17,5 @@ mod validate;
 
 pub use json::{JsonError, from_json};
 pub use node::FieldError;
-pub use options::{OptionForm, OptionsError, from_options, from_options_with_fds};
+pub use options::{OptionForm, OptionsError, from_options, from_options_with_fds, object_from_options};
 pub use validate::{ConfigError, MAX_MEMORY_BYTES, MAX_QUEUE_SIZE, MAX_VCPUS, Stage};

@@ -117,6 +117,33 @@ pub fn from_options_with_fds<T: OptionForm>(text: &str) -> Result<(T, Vec<i32>),
     Ok((T::deserialize(Node::Options(map.0))?, fds))
 }
 
+/// One option's text as a JSON object, for a structure of which there is no type here: `on`, `off`, `true` and `false` are
+/// switches, digits are numbers, `[a,b]` is a list, and all else is text.
+///
+/// # Errors
+/// [`OptionsError::Syntax`] and [`OptionsError::Twice`].
+pub fn object_from_options(text: &str) -> Result<serde_json::Map<String, serde_json::Value>, OptionsError> {
+    let value = |node| -> Result<serde_json::Value, OptionsError> {
+        Ok(match node {
+            Node::Text(text) if text.starts_with('[') => list(&text)?.iter().map(json_scalar).collect(),
+            other => json_scalar(&other),
+        })
+    };
+    let pairs = pairs(text)?.into_iter();
+    pairs.map(|(key, node)| Ok((key, value(node)?))).collect()
+}
+
+fn json_scalar(node: &Node) -> serde_json::Value {
+    match node {
+        Node::Text(text) => match text.as_str() {
+            "on" | "true" => true.into(),
+            "off" | "false" => false.into(),
+            text => text.parse::<u64>().map_or_else(|_| text.into(), Into::into),
+        },
+        _ => true.into(),
+    }
+}
+
 fn fd(node: Node) -> Result<i32, FieldError> {
     match node {
         Node::Text(text) => match text.parse() {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::names::identifier;
 use super::{ConfigError, Findings, MAX_QUEUE_SIZE, first, vhost_user};
-use crate::types::{ConsoleMode, DiskConfig, FsConfig, ImageType, NetConfig, RateLimiterConfig, VmConfig, VsockConfig};
+use crate::types::{ConsoleMode, DiskConfig, FsConfig, NetConfig, RateLimiterConfig, VmConfig, VsockConfig};
 
 /// Most queues of one device.
 const MAX_QUEUES: usize = 256;
@@ -123,13 +123,6 @@ pub(super) fn check_disk(disk: &DiskConfig, field: &str, found: &mut Findings) {
         }
     } else if disk.path.as_ref().is_none_or(|path| path.as_os_str().is_empty()) {
         found.add(format!("{field}.path"), "is missing; give the image or block device");
-    }
-    if !disk.vhost_user && !matches!(disk.image_type, ImageType::Raw | ImageType::Unknown) {
-        let reason = format!(
-            "{:?} images are not read; convert it (qemu-img convert -O raw) and give Raw",
-            disk.image_type
-        );
-        found.add(format!("{field}.image_type"), reason);
     }
     vhost_user::socket(field, disk.vhost_user, disk.vhost_socket.as_deref(), found);
     if let Some(serial) = &disk.serial
