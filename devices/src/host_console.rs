@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet as Wakes, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
 
 use self::fd::Descriptor;
 pub use self::pty::{Pty, RawMode};
@@ -104,6 +105,7 @@ enum Written {
 const INPUT: u64 = 0;
 const OUTPUT: u64 = 1;
 const LISTENER: u64 = 2;
+const WINDOW: u64 = 3;
 
 /// A host's end as its device and the monitor share it: it outlives the device at a reboot.
 pub type SharedHostConsole = Arc<Mutex<HostConsole>>;
@@ -118,6 +120,14 @@ pub struct HostConsole {
     waiting_output: VecDeque<u8>,
     waiting_input: VecDeque<u8>,
     dropped: u64,
+    window: Option<Window>,
+}
+
+/// A terminal's window.
+struct Window {
+    columns: u16,
+    rows: u16,
+    changed: EventFd,
 }
 
 impl HostSide {
@@ -142,6 +152,7 @@ impl HostConsole {
             waiting_output: VecDeque::new(),
             waiting_input: VecDeque::new(),
             dropped: 0,
+            window: None,
         };
         match side {
             HostSide::Streams { output, input } => this.open_streams(output, input)?,
@@ -213,6 +224,36 @@ impl HostConsole {
     #[must_use]
     pub fn fd(&self) -> Option<RawFd> {
         self.epoll.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Columns and rows of the terminal, if it is one that has a window.
+    #[must_use]
+    pub fn window(&self) -> Option<(u16, u16)> {
+        self.window.as_ref().map(|window| (window.columns, window.rows))
+    }
+
+    /// Tells how large the terminal's window is. A device that was made before the first time does not hear of it.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub fn set_window(&mut self, columns: u16, rows: u16) -> io::Result<()> {
+        if let Some(window) = &mut self.window {
+            (window.columns, window.rows) = (columns, rows);
+            // Full: it is readable already.
+            let _ = window.changed.write(1);
+            return Ok(());
+        }
+        let changed = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let epoll = match self.epoll.take() {
+            Some(epoll) => epoll,
+            None => Epoll::new()?,
+        };
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, WINDOW);
+        let watched = epoll.ctl(ControlOperation::Add, changed.as_raw_fd(), event);
+        self.epoll = Some(epoll);
+        watched?;
+        self.window = Some(Window { columns, rows, changed });
+        Ok(())
     }
 
     /// Bytes that were taken from the guest and dropped.

@@ -65,7 +65,7 @@ fuzz_target!(|data: &[u8]| {
         output: HostOutput::Writer(Box::new(sink.clone())),
         input: Some(ours.into()),
     });
-    let mut h = harness(Console::new(host.unwrap(), None).unwrap(), flags & 4 != 0);
+    let mut h = harness(Console::new(host.unwrap()).unwrap(), flags & 4 != 0);
     theirs.write_all(&vec![b'x'; usize::from(input.byte()) * 16]).unwrap();
     push(&mut h, 0, &mut input, 5);
     let sent = push(&mut h, 1, &mut input, 5);

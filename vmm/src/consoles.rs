@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use podvisor_api::types::{ConsoleMode, VmConfig};
 use podvisor_devices::host_console::{HostConsole, HostOutput, HostSide, Pty, RawMode, SharedHostConsole};
@@ -33,6 +34,8 @@ pub struct Consoles {
     /// The debug port's, and its port.
     pub debug: Option<(u16, SharedHostConsole)>,
     _terminal: Option<RawTerminal>,
+    /// The virtio console is on the monitor's terminal.
+    windowed: bool,
 }
 
 /// One console's section of the configuration.
@@ -90,13 +93,29 @@ impl Consoles {
                 *section.file = path;
             }
         }
-        let [serial, console, debug_end] = ends;
-        Ok(Self {
-            serial,
-            console,
+        let [serial_end, console_end, debug_end] = ends;
+        let mut this = Self {
+            serial: serial_end,
+            console: console_end,
             debug: debug_end.map(|end| (debug.iobase.unwrap_or(DEBUG_PORT), end)),
             _terminal: reads.then(RawTerminal::take).flatten(),
-        })
+            windowed: console.mode == tty && sys::window_size(io::stdout().as_raw_fd()).is_some(),
+        };
+        this.window_changed();
+        Ok(this)
+    }
+
+    /// Tells the virtio console how large the monitor's terminal is now, if it is there.
+    pub fn window_changed(&mut self) {
+        if self.windowed
+            && let (Some(host), Some((columns, rows))) = (&self.console, sys::window_size(io::stdout().as_raw_fd()))
+        {
+            let mut host = host.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(error) = host.set_window(columns, rows) {
+                tracing::warn!(%error, "the guest is not told the terminal's size");
+                self.windowed = false;
+            }
+        }
     }
 }
 

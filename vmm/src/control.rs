@@ -99,7 +99,7 @@ impl Monitor {
         let mut events = EventManager::new_with_capacity(32).map_err(ControlError::Loop)?;
         let exit = Arc::new(ExitSignal::new().map_err(host("creating the pod's exit signal"))?);
         let exit_raised = watch(&mut events, exit.fd());
-        let signals = SignalFd::new(&[libc::SIGTERM, libc::SIGINT]).map_err(host("taking signals"))?;
+        let signals = SignalFd::new(&[libc::SIGTERM, libc::SIGINT, libc::SIGWINCH]).map_err(host("taking signals"))?;
         let signals_raised = watch(&mut events, &signals);
         Ok(Self {
             pod: PodSlot::new(Arc::clone(&exit), start, expect_digest),
@@ -193,6 +193,10 @@ impl Monitor {
             }
             if self.signals_raised.take() {
                 while let Some(signal) = self.signals.next() {
+                    if signal == libc::SIGWINCH {
+                        self.pod.window_changed();
+                        continue;
+                    }
                     tracing::info!(signal, "stopping on a signal");
                     self.shutdown = true;
                 }

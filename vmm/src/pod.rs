@@ -293,6 +293,13 @@ impl PodSlot {
         Ok(())
     }
 
+    /// The monitor's terminal has another size.
+    pub fn window_changed(&mut self) {
+        if let Some(pod) = &mut self.pod {
+            pod.consoles.window_changed();
+        }
+    }
+
     /// Presses its power button.
     ///
     /// # Errors

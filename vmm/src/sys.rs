@@ -270,6 +270,20 @@ pub fn in_foreground(fd: RawFd) -> bool {
     foreground == -1 || foreground == own
 }
 
+/// Columns and rows of terminal `fd`; None when it is no terminal, or has no window.
+#[must_use]
+pub fn window_size(fd: RawFd) -> Option<(u16, u16)> {
+    let mut size = libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCGWINSZ writes a winsize.
+    let rc = unsafe { libc::ioctl(fd, libc::TIOCGWINSZ, &raw mut size) };
+    (rc == 0 && size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+}
+
 /// A descriptor that reports signals as readable data (`signalfd(2)`); the signals are blocked from then on, in this
 /// thread and in those it starts.
 #[derive(Debug)]

@@ -284,6 +284,32 @@ fn a_terminal_is_raw_while_the_pod_has_it() {
 }
 
 #[test]
+fn the_guest_is_told_the_terminals_size() {
+    if !kvm() {
+        return;
+    }
+    let pty = Pty::open().unwrap();
+    let path = pty.path().to_str().unwrap();
+    let resize = |columns: &str| {
+        let done = Command::new("stty")
+            .args(["-F", path, "cols", columns, "rows", "50"])
+            .status();
+        assert!(done.unwrap().success());
+    };
+    let terminal = open_terminal(path);
+    resize("132");
+    let process = start(&[], Stdio::null(), terminal.into());
+    create(&process, &json!({"console": {"mode": "Tty"}}));
+    process.put("vm.boot", None);
+    assert_eq!(tell(&process, "console-size"), "columns=132 rows=50");
+    resize("77");
+    let pid = process.child.id().to_string();
+    assert!(Command::new("kill").args(["-WINCH", &pid]).status().unwrap().success());
+    let told = || (tell(&process, "console-size") == "columns=77 rows=50").then_some(());
+    wait_for("the new size", told);
+}
+
+#[test]
 fn what_cannot_be_is_refused_by_name_and_leaves_nothing() {
     if !kvm() {
         return;

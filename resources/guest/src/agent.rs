@@ -363,7 +363,7 @@ impl Agent {
             }
             (b"poweroff", []) => say(out, String::from("ok")).map(|_: Next| Next::PowerOff),
             (b"reset", []) => say(out, String::from("ok")).map(|_: Next| Next::Reset),
-            (b"port" | b"console" | b"watchdog" | b"panic" | b"serial-read" | b"console-read", words) => {
+            (b"port" | b"console" | b"watchdog" | b"panic" | b"serial-read" | b"console-read" | b"console-size", words) => {
                 self.platform_command(name, words).and_then(|text| say(out, text))
             }
             (name, words) if name.starts_with(b"blk-") => self.blk_command(name, words).and_then(|text| say(out, text)),
@@ -415,6 +415,10 @@ impl Agent {
             (b"console-read", [count]) => {
                 let count = number(count)? as usize;
                 Ok(format!("ok {}", hex(&self.pod.console()?.typed(count)?)))
+            }
+            (b"console-size", []) => {
+                let (columns, rows) = self.pod.console()?.size()?;
+                Ok(format!("ok columns={columns} rows={rows}"))
             }
             (b"serial-read", [count]) => {
                 let count = number(count)? as usize;

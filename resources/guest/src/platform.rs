@@ -14,8 +14,12 @@ use crate::window::{Shared, Window};
 /// The most bytes of one line.
 pub const LINE: usize = 256;
 
+/// `VIRTIO_CONSOLE_F_SIZE`.
+const SIZE: u64 = 1;
+
 /// The virtio console (virtio 1.2, 5.3), one port.
 pub struct Console {
+    device: Device,
     receive: Queue,
     transmit: Queue,
     input: Shared,
@@ -29,16 +33,29 @@ impl Console {
     /// Says what it lacks.
     pub fn start(function: &Function, tables: &PageTables, window: &Window) -> Result<Self, &'static str> {
         let full = "the shared window is used up";
-        let device = Device::start(function, tables, 0)?;
+        let device = Device::start(function, tables, SIZE)?;
         let receive = device.queue(window, 0, 4)?;
         let transmit = device.queue(window, 1, 4)?;
         device.go();
         Ok(Self {
+            device,
             receive,
             transmit,
             input: window.take(LINE).ok_or(full)?,
             output: window.take(LINE).ok_or(full)?,
         })
+    }
+
+    /// Columns and rows of the host's window.
+    ///
+    /// # Errors
+    /// When the device does not tell.
+    pub fn size(&self) -> Result<(u16, u16), &'static str> {
+        if !self.device.has(SIZE) {
+            return Err("the console has no size");
+        }
+        let both = self.device.config(0);
+        Ok((both as u16, (both >> 16) as u16))
     }
 
     /// Prints `text`, at most [`LINE`] bytes of it.

@@ -20,7 +20,7 @@ pub(super) const SYSCALLS: &[&[i64]] = &[console::SYSCALLS, watchdog::SYSCALLS];
 /// When there are no descriptors left.
 pub(crate) fn console(config: &VmConfig, host: &SharedHostConsole) -> Result<Wanted, RegistryError> {
     let console = &config.console;
-    let device = Console::new(Arc::clone(host), None).map_err(|e| failed("console", e))?;
+    let device = Console::new(Arc::clone(host)).map_err(|e| failed("console", e))?;
     Ok(Wanted {
         id: console.id.clone().unwrap_or_else(|| "__console".to_owned()),
         kind: "console",

@@ -57,13 +57,18 @@ struct Active {
 }
 
 impl Console {
-    /// A console that writes to `host` and reads from it; `size` (columns, rows) is told to the driver.
+    /// A console that writes to `host` and reads from it. The size of the host's window, if it has one, is told to the
+    /// driver.
     ///
     /// # Errors
     /// When there are no descriptors left.
-    pub fn new(host: SharedHostConsole, size: Option<(u16, u16)>) -> io::Result<Self> {
-        // A client that waits already hears the first byte.
-        lock(&host).on_ready();
+    pub fn new(host: SharedHostConsole) -> io::Result<Self> {
+        let size = {
+            let mut host = lock(&host);
+            // A client that waits already hears the first byte.
+            host.on_ready();
+            host.window()
+        };
         Ok(Self {
             host,
             again: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
@@ -75,12 +80,9 @@ impl Console {
         })
     }
 
-    /// Tells the driver a new size. Without effect for a console that was made without one.
-    ///
-    /// # Errors
-    /// When the driver cannot be told.
-    pub fn resize(&mut self, columns: u16, rows: u16) -> Result<(), DeviceError> {
-        let size = Some((columns, rows));
+    /// Tells the driver of the host's window if it has changed.
+    fn resize(&mut self) -> Result<(), DeviceError> {
+        let size = lock(&self.host).window();
         if self.size.is_none() || self.size == size {
             return Ok(());
         }
@@ -292,6 +294,7 @@ impl VirtioDevice for Console {
             let _ = self.again.read();
         } else {
             lock(&self.host).on_ready();
+            self.resize()?;
         }
         self.receive()?;
         self.transmit()

@@ -11,8 +11,11 @@ use crate::host_console::{HostOutput, HostSide, MAX_INPUT, MAX_OUTPUT};
 use crate::virtio::testing::{Buf, Harness, RawBuf};
 
 fn console(output: HostOutput, input: Option<OwnedFd>, size: Option<(u16, u16)>) -> Console {
-    let host = HostConsole::shared(HostSide::Streams { output, input }).unwrap();
-    Console::new(host, size).unwrap()
+    let mut host = HostConsole::new(HostSide::Streams { output, input }).unwrap();
+    if let Some((columns, rows)) = size {
+        host.set_window(columns, rows).unwrap();
+    }
+    Console::new(Arc::new(Mutex::new(host))).unwrap()
 }
 
 fn harness(output: HostOutput, input: Option<OwnedFd>) -> Harness<Console> {
@@ -258,9 +261,12 @@ fn the_size_is_told_and_changed() {
     let mut data = [0xFF; 6];
     h.device.read_config(0, &mut data);
     assert_eq!(data, [80, 0, 25, 0, 0, 0]);
-    h.device.resize(80, 25).unwrap();
+    let host = Arc::clone(&h.device.host);
+    lock(&host).set_window(80, 25).unwrap();
+    settle(&mut h);
     assert_eq!(h.config_interrupt.count(), 0);
-    h.device.resize(300, 50).unwrap();
+    lock(&host).set_window(300, 50).unwrap();
+    settle(&mut h);
     assert_eq!(h.config_interrupt.count(), 1);
     h.device.read_config(1, &mut data);
     assert_eq!(data, [1, 50, 0, 0, 0, 0]);
