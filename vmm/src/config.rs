@@ -16,6 +16,7 @@ use crate::cpuid::Topology;
 use crate::memory::{RamOptions, Zone};
 use crate::registry::{self, Groups};
 use crate::sizing::{self, SizingError};
+use crate::vcpu::Affinity;
 
 /// What boots.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,6 +190,27 @@ impl PodPlan {
             || boot.is_some_and(|boot| large(&boot.image) || boot.initramfs.as_ref().is_some_and(large))
     }
 
+    /// The host CPUs of the vCPUs that have some of their own.
+    #[must_use]
+    pub fn affinity(&self) -> Affinity {
+        let mut all = Affinity::new();
+        for entry in self.config.cpus.affinity.iter().flatten() {
+            all.entry(entry.vcpu).or_default().extend(&entry.host_cpus);
+        }
+        all
+    }
+
+    /// The plan with what only requests brought to `before`, the plan that it takes the place of.
+    #[must_use]
+    pub fn keeping(self, before: &Self) -> Self {
+        Self {
+            descriptors: before.descriptors.clone(),
+            slots: before.slots.clone(),
+            groups: before.groups.clone(),
+            ..self
+        }
+    }
+
     /// The most vCPUs that the pod can come to have. The launch of a confidential pod measures how many it has.
     #[must_use]
     pub fn max_vcpus(&self) -> u32 {
@@ -248,10 +270,6 @@ fn zones(memory: &MemoryConfig, ram: RamOptions) -> Result<Vec<Zone>, PlanError>
 /// Refuses what is asked for and would silently not be there yet; what will never be is refused by the rules of the API.
 fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
     let asked = [
-        (
-            "cpus.affinity",
-            config.cpus.affinity.as_ref().is_some_and(|a| !a.is_empty()),
-        ),
         (
             "landlock_enable",
             config.landlock_enable || config.landlock_rules.as_ref().is_some_and(|r| !r.is_empty()),

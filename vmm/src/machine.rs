@@ -220,6 +220,7 @@ impl Machine {
         let launched = start.elapsed();
         let context = VcpuContext {
             io: Arc::clone(&parts.chipset.buses) as _,
+            affinity: Arc::new(plan.affinity()),
             processor: confidential.as_ref().map(Confidential::shared_processor),
             exit: Arc::clone(outside.exit),
         };

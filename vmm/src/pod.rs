@@ -335,9 +335,7 @@ impl PodSlot {
         }
         let mut config = pod.plan.config.clone();
         addition.put(&mut config).map_err(PodError::Conflict)?;
-        let mut plan = PodPlan::changed(config, self.expect_digest)?;
-        plan.descriptors = pod.plan.descriptors.clone();
-        plan.groups = pod.plan.groups.clone();
+        let mut plan = PodPlan::changed(config, self.expect_digest)?.keeping(&pod.plan);
         plan.descriptors.extend(addition.descriptors(&plan.config));
         let info = match &mut pod.running {
             None => None,
@@ -390,9 +388,8 @@ impl PodSlot {
             return Err(PodError::NoDevice(id.to_owned()));
         }
         if let Some(mut plan) = plan {
-            plan.descriptors = std::mem::take(&mut pod.plan.descriptors);
+            plan = plan.keeping(&pod.plan);
             plan.descriptors.remove(id);
-            plan.groups = std::mem::take(&mut pod.plan.groups);
             pod.plan = plan;
         }
         Ok(())

@@ -2,6 +2,7 @@
 //! serves what makes it leave: port I/O, MMIO, MSRs. Whatever the guest does, the thread goes on, parks, or ends with
 //! a reason told to the control loop; it never panics.
 
+mod affinity;
 mod kick;
 mod plug;
 mod run_page;
@@ -153,11 +154,16 @@ struct Control {
     interrupt: AtomicBool,
 }
 
+/// Host CPUs by vCPU.
+pub type Affinity = BTreeMap<u32, Vec<usize>>;
+
 /// What every vCPU thread of a pod works with.
 #[derive(Clone)]
 pub struct VcpuContext {
     /// Answers I/O.
     pub io: Arc<dyn GuestIo>,
+    /// Host CPUs of the vCPUs whose threads may not run on all, by their index.
+    pub affinity: Arc<Affinity>,
     /// Answers MSRs of a confidential pod.
     pub processor: Option<Arc<dyn Processor>>,
     /// Hears why the pod stopped.

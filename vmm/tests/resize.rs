@@ -402,3 +402,43 @@ fn a_zone_with_room_grows_by_its_name() {
         );
     }
 }
+
+/// The host CPUs that the monitor's thread `name` may run on.
+fn host_cpus(process: &Process, name: &str) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
+    tasks
+        .map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap())
+        .find(|status| status.lines().next() == Some(&format!("Name:\t{name}")))
+        .map(|status| allowed(&status))
+        .unwrap()
+}
+
+fn allowed(status: &str) -> String {
+    let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    line.unwrap().trim().to_owned()
+}
+
+#[test]
+fn vcpus_stay_on_their_host_cpus() {
+    if !kvm() {
+        return;
+    }
+    let all = allowed(&std::fs::read_to_string("/proc/self/status").unwrap());
+    let last: usize = all.rsplit([',', '-']).next().unwrap().parse().unwrap();
+    let process = Process::start();
+    let affinity = json!([{"vcpu": 1, "host_cpus": [last]}, {"vcpu": 2, "host_cpus": [8191]}]);
+    create(
+        &process,
+        IDLE,
+        &json!({"cpus": {"boot_vcpus": 1, "max_vcpus": 3, "affinity": affinity}}),
+    );
+    process.put("vm.boot", None);
+    assert_eq!(host_cpus(&process, "vcpu0"), all);
+    assert_eq!(resize(&process, &json!({"desired_vcpus": 2})).0, 204);
+    assert_eq!(host_cpus(&process, "vcpu1"), last.to_string());
+    let (status, said) = resize(&process, &json!({"desired_vcpus": 3}));
+    let named = said.contains("cpus.affinity: vCPU 2") && said.contains("[8191]");
+    assert!(status == 500 && named, "{status} {said}");
+    assert_eq!(vcpu_threads(&process), ["vcpu0", "vcpu1"]);
+    assert_eq!(process.info()["config"]["cpus"]["boot_vcpus"], 2);
+}

@@ -279,6 +279,7 @@ impl Machine {
         }
         let context = VcpuContext {
             io: Arc::clone(&chipset.buses) as _,
+            affinity: Arc::new(plan.affinity()),
             processor: None,
             exit: Arc::clone(outside.exit),
         };

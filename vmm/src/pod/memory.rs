@@ -59,10 +59,7 @@ impl PodSlot {
         if let Some(running) = &mut pod.running {
             running.machine.resize_zone(id, boot, desired)?;
         }
-        let mut plan = PodPlan::changed(config, self.expect_digest)?;
-        plan.descriptors = std::mem::take(&mut pod.plan.descriptors);
-        plan.slots = std::mem::take(&mut pod.plan.slots);
-        pod.plan = plan;
+        pod.plan = PodPlan::changed(config, self.expect_digest)?.keeping(&pod.plan);
         tracing::info!(?wanted, "zone resized");
         Ok(())
     }

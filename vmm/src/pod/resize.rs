@@ -98,9 +98,5 @@ fn resized(pod: &Pod, wanted: &VmResize, expect_digest: Option<[u8; 48]>) -> Res
             (memory.size, memory.hotplugged_size) = (desired, None);
         }
     }
-    let mut plan = PodPlan::changed(config, expect_digest)?;
-    plan.descriptors = pod.plan.descriptors.clone();
-    plan.groups = pod.plan.groups.clone();
-    plan.slots = pod.plan.slots.clone();
-    Ok(plan)
+    Ok(PodPlan::changed(config, expect_digest)?.keeping(&pod.plan))
 }

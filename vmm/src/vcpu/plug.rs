@@ -11,7 +11,7 @@ use std::thread;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
 
-use super::{Vcpu, VcpuThread, Vcpus, kick, lock};
+use super::{Vcpu, VcpuThread, Vcpus, affinity, kick, lock};
 
 /// Small: the loop is shallow, and a pod may have many vCPUs.
 const STACK: usize = 256 << 10;
@@ -65,6 +65,21 @@ impl Vcpus {
         self.threads.len()
     }
 
+    /// Keeps the thread at place `at`, of vCPU `index`, on the host CPUs that are its own; if it cannot, there is no thread.
+    fn bind(&mut self, index: u32, at: usize) -> io::Result<()> {
+        let (Some(cpus), Some(vcpu)) = (self.context.affinity.get(&index), self.threads.get(at)) else {
+            return Ok(());
+        };
+        let bound = affinity::bind(&vcpu.thread, cpus).map_err(|error| {
+            let reason = format!("cpus.affinity: vCPU {index} cannot run on host CPUs {cpus:?}: {error}");
+            io::Error::new(error.kind(), reason)
+        });
+        if bound.is_err() {
+            self.unplug(index);
+        }
+        bound
+    }
+
     /// Starts the thread of vCPU `index`, which tells `begun` that it has its name.
     pub(super) fn spawn(&mut self, index: u32, fd: VcpuFd, begun: Option<SyncSender<()>>) -> io::Result<()> {
         let (control, retire) = (Arc::clone(&self.control), Arc::new(AtomicBool::new(false)));
@@ -96,7 +111,7 @@ impl Vcpus {
                     retire,
                 };
                 self.threads.insert(at, vcpu);
-                Ok(())
+                self.bind(index, at)
             }
             Err(error) => {
                 if let Some(vcpu) = lock(&slot).take() {

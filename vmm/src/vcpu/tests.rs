@@ -60,6 +60,7 @@ fn start(code: &[u8]) -> Option<Guest> {
     let io = Arc::new(Recorder(Mutex::default(), Arc::clone(&exit)));
     let context = VcpuContext {
         io: Arc::clone(&io) as Arc<dyn GuestIo>,
+        affinity: Arc::default(),
         processor: None,
         exit: Arc::clone(&exit),
     };
