@@ -10,7 +10,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use event_manager::MutEventSubscriber;
@@ -21,7 +21,7 @@ use podvisor_devices::memory::{PodMemory, SharedPages};
 use podvisor_devices::pci::Bdf;
 use podvisor_devices::platform::Hypervisor;
 use podvisor_devices::virtio::balloon::BalloonHandle;
-use podvisor_devices::virtio::pci::{VirtioPci, add_to};
+use podvisor_devices::virtio::pci::{Standing, VirtioPci, Watch, add_to};
 use podvisor_firmware::acpi::{AcpiMachine, AcpiTables};
 use podvisor_firmware::igvm::{self, PlanOptions};
 use podvisor_firmware::layout;
@@ -93,6 +93,7 @@ pub struct DeviceInfo {
     pub bdf: Bdf,
     /// The guest was asked to let go of it.
     pub removing: bool,
+    standing: Watch,
     function: Arc<Mutex<VirtioPci>>,
 }
 
@@ -100,12 +101,11 @@ impl DeviceInfo {
     /// How it is: `removing`, `failed`, `active` (the guest's driver runs it) or `configuring`.
     #[must_use]
     pub fn state(&self) -> &'static str {
-        let function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        match (self.removing, function.is_failed(), function.is_active()) {
-            (true, _, _) => "removing",
-            (_, true, _) => "failed",
-            (_, _, true) => "active",
-            _ => "configuring",
+        match self.standing.get() {
+            _ if self.removing => "removing",
+            Standing::Failed => "failed",
+            Standing::Active => "active",
+            Standing::Configuring => "configuring",
         }
     }
 }
@@ -616,12 +616,14 @@ impl Plug {
             self.confidential,
         )
         .during(what.clone())?;
+        let standing = function.watch();
         let (bdf, subscriber) = add_to(root, function, wanted.slot).during(what)?;
         let info = DeviceInfo {
             id: wanted.id,
             kind: wanted.kind,
             bdf,
             removing: false,
+            standing,
             function: Arc::clone(&subscriber.0),
         };
         Ok((info, Box::new(subscriber)))

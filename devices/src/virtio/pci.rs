@@ -6,6 +6,7 @@ mod interrupt;
 mod queues;
 mod registers;
 mod saved;
+mod standing;
 mod subscriber;
 #[cfg(test)]
 mod tests;
@@ -26,6 +27,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::interrupt::{Interrupt, NO_VECTOR};
 use self::queues::{FrozenQueues, QueueConfig, QueueSetup};
+pub use self::standing::{Standing, Watch};
 pub use self::subscriber::VirtioPciSubscriber;
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
 use super::state::{Place, QueuePosition};
@@ -155,6 +157,7 @@ pub struct VirtioPci {
     pci_cfg_cap: u16,
 
     phase: Phase,
+    standing: Watch,
     status: u8,
     features_select: u32,
     driver_features_select: u32,
@@ -242,6 +245,7 @@ impl VirtioPci {
             msix_cap,
             pci_cfg_cap,
             phase: Phase::Configuring(setup),
+            standing: Watch::default(),
             status: 0,
             features_select: 0,
             driver_features_select: 0,
@@ -262,10 +266,24 @@ impl VirtioPci {
         matches!(self.phase, Phase::Active(..))
     }
 
-    /// Whether it failed and has not been reset since, or cannot be used again at all.
+    /// Tells how it stands without its lock.
     #[must_use]
-    pub fn is_failed(&self) -> bool {
-        matches!(self.phase, Phase::Failed(..)) || self.device.is_lost()
+    pub fn watch(&self) -> Watch {
+        self.standing.clone()
+    }
+
+    fn standing(&self) -> Standing {
+        match self.phase {
+            Phase::Failed(..) => Standing::Failed,
+            _ if self.device.is_lost() => Standing::Failed,
+            Phase::Active(..) => Standing::Active,
+            Phase::Configuring(..) => Standing::Configuring,
+        }
+    }
+
+    /// A step ended.
+    fn stand(&self) {
+        self.standing.set(self.standing());
     }
 
     /// The device, for what the monitor asks of it at run time.
@@ -358,10 +376,12 @@ impl VirtioPci {
             Ok(positions) => positions,
             Err(reason) => {
                 self.phase = Phase::Failed(frozen);
+                self.stand();
                 return Err(reason);
             }
         };
         self.phase = Phase::Active(frozen, positions);
+        self.stand();
         self.place_doorbells();
         for doorbell in &mut self.doorbells {
             if std::mem::take(&mut doorbell.early) {
@@ -401,6 +421,7 @@ impl VirtioPci {
             Phase::Active(frozen, _) | Phase::Failed(frozen) => Phase::Failed(frozen),
             configuring @ Phase::Configuring(_) => configuring,
         };
+        self.stand();
         self.status |= status(VIRTIO_CONFIG_S_NEEDS_RESET);
         if self.status & status(VIRTIO_CONFIG_S_DRIVER_OK) != 0
             && let Err(error) = self.config_interrupt.signal_used()
@@ -418,6 +439,7 @@ impl VirtioPci {
             self.hypervisor.stepped(&self.id, DeviceStep::Reset);
         }
         self.phase = Phase::Configuring(QueueSetup::new(self.device.queue_max_sizes()));
+        self.stand();
         self.status = 0;
         self.features_select = 0;
         self.driver_features_select = 0;

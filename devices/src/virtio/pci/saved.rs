@@ -141,6 +141,7 @@ impl VirtioPci {
                 let empty = Phase::Configuring(QueueSetup::new(&[]));
                 if let Phase::Configuring(setup) = std::mem::replace(&mut self.phase, empty) {
                     self.phase = Phase::Failed(setup.freeze(&self.memory, false, &[]).0);
+                    self.stand();
                 }
                 Ok(())
             }

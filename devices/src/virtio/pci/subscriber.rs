@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
-use super::{Phase, VirtioPci};
+use super::{Phase, Standing, VirtioPci};
 use crate::platform::DeviceStep;
 use crate::sync::lock;
 
@@ -49,13 +49,14 @@ impl MutEventSubscriber for VirtioPciSubscriber {
             return;
         }
         let event = index.saturating_sub(this.doorbells.len());
-        let (was_active, was_failed) = (this.is_active(), this.is_failed());
+        let (was_active, was) = (this.is_active(), this.standing());
         if let Err(error) = this.drive(|device| device.on_event(event))
             && !was_active
         {
             // No driver to tell, and a readable descriptor that nobody drains would spin the loop.
             tracing::error!(id = this.id, event, %error, "a descriptor is watched no longer");
-            if !was_failed {
+            this.stand();
+            if was != Standing::Failed {
                 this.hypervisor.stepped(&this.id, DeviceStep::Failed);
             }
             if let Err(error) = ops.remove(Events::with_data_raw(events.fd(), events.data(), EventSet::IN)) {

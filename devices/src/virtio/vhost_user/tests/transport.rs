@@ -10,7 +10,7 @@ use crate::bus::Bus;
 use crate::mock::MockHypervisor;
 use crate::pci::{PciRoot, Window};
 use crate::platform::Hypervisor;
-use crate::virtio::pci::{TransportError, VirtioPci, add_to};
+use crate::virtio::pci::{Standing, TransportError, VirtioPci, add_to};
 
 const NEEDS_RESET: u64 = 0x40;
 const NOTIFY: u64 = 0x6000;
@@ -230,9 +230,13 @@ fn doorbells_and_vectors_of_a_pod() {
 fn a_dead_back_end_needs_a_reset_and_leaves_the_loop_quiet() {
     let mut back_end = BackEnd::start(0, 2);
     let mut pod = Pod::new(&back_end);
+    let watch = crate::sync::lock(&pod.function).watch();
+    assert_eq!(watch.get(), Standing::Configuring);
     pod.up();
+    assert_eq!(watch.get(), Standing::Active);
     back_end.die();
     pod.run_until(|pod| pod.r(0x14, 1) & NEEDS_RESET != 0);
+    assert_eq!(watch.get(), Standing::Failed);
     // The loop lets go of the socket, which stays readable.
     while pod.events.run_with_timeout(0).unwrap() > 0 {}
     // A driver that tries again is told again.
@@ -241,14 +245,36 @@ fn a_dead_back_end_needs_a_reset_and_leaves_the_loop_quiet() {
     assert_eq!(pod.r(0x14, 1) & NEEDS_RESET, NEEDS_RESET);
     assert_eq!(pod.events.run_with_timeout(0).unwrap(), 0);
     assert!(!crate::sync::lock(&pod.function).is_active());
+    pod.w(0x14, 1, 0);
+    assert_eq!(watch.get(), Standing::Failed, "a reset does not help");
+}
+
+#[test]
+fn how_a_device_stands_is_told_while_its_back_end_takes_its_time() {
+    let back_end = BackEnd::start(0, 2);
+    let mut pod = Pod::new(&back_end);
+    pod.up();
+    let watch = crate::sync::lock(&pod.function).watch();
+    // The back end answers nothing while its state is taken, and the driver's reset waits for an answer.
+    let busy = crate::sync::lock(&back_end.state);
+    std::thread::scope(|scope| {
+        let (bus, status) = (Arc::clone(&pod.bus), pod.bar + 0x14);
+        let reset = scope.spawn(move || bus.write(status, &[0]));
+        assert_eq!(watch.get(), Standing::Active);
+        drop(busy);
+        assert!(reset.join().unwrap());
+    });
+    assert_eq!(watch.get(), Standing::Configuring);
 }
 
 #[test]
 fn a_back_end_that_dies_before_a_driver_comes() {
     let mut back_end = BackEnd::start(0, 2);
     let mut pod = Pod::new(&back_end);
+    let watch = crate::sync::lock(&pod.function).watch();
     back_end.die();
     while pod.events.run_with_timeout(0).unwrap() > 0 {}
+    assert_eq!(watch.get(), Standing::Failed);
     pod.up();
     assert_eq!(pod.r(0x14, 1) & NEEDS_RESET, NEEDS_RESET);
 }
