@@ -54,6 +54,7 @@ step "unit tests of the pod guest" cargo test --manifest-path resources/guest/Ca
 step "build" cargo build --release --locked --quiet
 step "unit and integration tests" unit_and_integration_tests
 step "doc tests" cargo test --workspace --doc --locked --quiet
+step "podvisor-api as a package of its own" cargo package -p podvisor-api --no-verify --allow-dirty --offline --quiet
 step "licences, sources, duplicates (the advisory database is not reachable from here and is not checked)" \
     cargo deny --log-level error check licenses bans sources
 if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi

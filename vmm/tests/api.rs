@@ -225,3 +225,46 @@ fn a_pod_with_prefaulted_memory_boots_while_clients_ping() {
         .collect();
     assert!(!names.contains(&"api\n".to_owned()), "the helper is left: {names:?}");
 }
+
+#[test]
+fn top_shows_a_pod_into_a_pipe() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    process.put("vm.create", Some(&pod_config(&process, IDLE)));
+    process.put("vm.boot", None);
+    let top = |more: &[&str]| {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_podvisor"))
+            .args(["top", "--interval", "0.05", "--api-socket"])
+            .arg(&process.socket)
+            .args(more)
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let lines = top(&["--json", "-n", "3"]);
+    let samples: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(samples.len(), 3);
+    for sample in &samples {
+        assert_eq!(sample["state"], "Running");
+        assert_eq!(sample["pid"], process.child.id());
+        assert_eq!(sample["memory_bytes"], 128 << 20);
+        assert_eq!(sample["vcpus"].as_array().unwrap().len(), 1);
+        assert!(sample["resident_kib"].as_u64().unwrap() > 0);
+        assert!(sample["devices"].as_array().unwrap().iter().any(|d| d["kind"] == "rng"));
+    }
+    assert!(samples[0]["vcpus"][0]["cpu_percent"].is_null());
+    assert!(samples[2]["vcpus"][0]["cpu_percent"].is_number());
+    let page = top(&["-n", "1"]);
+    assert!(
+        page.starts_with(&format!("podvisor {} (", process.child.id())),
+        "{page}"
+    );
+    assert!(
+        page.contains("Running") && page.contains("vcpu0") && !page.contains('\x1b'),
+        "{page}"
+    );
+    assert!(page.lines().all(|line| line.chars().count() <= 80), "{page}");
+}

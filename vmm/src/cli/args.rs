@@ -41,6 +41,8 @@ pub(crate) enum Command {
     Demo(crate::demo::DemoArgs),
     /// Tell a running monitor what to do, as ch-remote does.
     Ctl(super::ctl::CtlArgs),
+    /// Watch a pod and its monitor live.
+    Top(super::top::TopArgs),
     /// Print the memory and vCPUs that a pod's limits make.
     Size(SizeArgs),
     /// Predict the launch digest of an IGVM image, without a hypervisor.

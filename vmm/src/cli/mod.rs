@@ -8,6 +8,7 @@ mod measure;
 mod refused;
 mod run;
 mod size;
+mod top;
 
 use std::error::Error;
 use std::io::Write;
@@ -52,6 +53,7 @@ pub fn run(start: Instant) -> ExitCode {
     let outcome = match args.command {
         None => run::run(args.run, start),
         Some(Command::Ctl(args)) => ctl::run(&args),
+        Some(Command::Top(args)) => top::run(&args),
         Some(Command::Size(args)) => size::run(&args),
         Some(Command::Measure(args)) => measure::run(&args),
         Some(Command::Demo(args)) => return ExitCode::from(crate::demo::run(&args)),
