@@ -11,13 +11,14 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventManager, SubscriberOps};
 use libfuzzer_sys::fuzz_target;
 use podvisor_devices::bus::Bus;
+use podvisor_devices::host_console::{HostConsole, HostOutput, HostSide};
 use podvisor_devices::memory::{PodMemory, Reclaim};
 use podvisor_devices::mock::MockHypervisor;
 use podvisor_devices::pci::{PciFunction, PciRoot, Window};
 use podvisor_devices::platform::Hypervisor;
 use podvisor_devices::virtio::balloon::{Balloon, BalloonOptions};
 use podvisor_devices::virtio::blk::{Blk, BlkOptions};
-use podvisor_devices::virtio::console::{Console, ConsoleOutput};
+use podvisor_devices::virtio::console::Console;
 use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::fs::{Fs, FsOptions};
 use podvisor_devices::virtio::net::{Net, NetOptions};
@@ -41,7 +42,11 @@ fn device(kind: u8) -> Box<dyn VirtioDevice> {
     let path = std::env::temp_dir().join(format!("podvisor-fuzz-snapshot-{}", std::process::id()));
     match kind % 6 {
         0 => Box::new(Rng::open(Path::new("/dev/urandom")).unwrap()),
-        1 => Box::new(Console::new(ConsoleOutput::Discard, None, Some((80, 25))).unwrap()),
+        1 => {
+            let output = HostOutput::Writer(Box::new(io::sink()));
+            let host = HostConsole::shared(HostSide::Streams { output, input: None });
+            Box::new(Console::new(host.unwrap(), None).unwrap())
+        }
         2 => {
             let options = NetOptions {
                 num_queues: 4,
@@ -126,8 +131,11 @@ impl Machine {
 }
 
 fn leaves<'v>(value: &'v mut Value, found: &mut Vec<&'v mut Value>) {
+    if matches!(&*value, Value::Array(items) if items.len() >= 200) {
+        return found.push(value);
+    }
     match value {
-        Value::Array(items) if items.len() < 200 => items.iter_mut().for_each(|v| leaves(v, found)),
+        Value::Array(items) => items.iter_mut().for_each(|v| leaves(v, found)),
         Value::Object(map) => map.values_mut().for_each(|v| leaves(v, found)),
         leaf => found.push(leaf),
     }
