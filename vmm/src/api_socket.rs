@@ -47,6 +47,12 @@ impl ApiSocket {
         })
     }
 
+    /// Its path, if it was bound here.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.server.path()
+    }
+
     /// Answers the requests that have arrived.
     pub fn serve(&mut self, pod: &mut PodSlot, events: &mut Events, shutdown: &mut bool) {
         let incoming = self.server.poll();

@@ -269,16 +269,10 @@ fn zones(memory: &MemoryConfig, ram: RamOptions) -> Result<Vec<Zone>, PlanError>
 
 /// Refuses what is asked for and would silently not be there yet; what will never be is refused by the rules of the API.
 fn unsupported(config: &VmConfig) -> Result<(), PlanError> {
-    let asked = [
-        (
-            "landlock_enable",
-            config.landlock_enable || config.landlock_rules.as_ref().is_some_and(|r| !r.is_empty()),
-        ),
-        (
-            "payload.firmware",
-            config.payload.as_ref().is_some_and(|p| p.firmware.is_some()),
-        ),
-    ];
+    let asked = [(
+        "payload.firmware",
+        config.payload.as_ref().is_some_and(|p| p.firmware.is_some()),
+    )];
     match asked.into_iter().find(|(_, asked)| *asked) {
         Some((field, _)) => Err(PlanError::Unsupported { field }),
         None => Ok(()),

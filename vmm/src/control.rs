@@ -15,6 +15,7 @@ use podvisor_api::types::{RestoreConfig, VmConfig};
 
 use crate::api_socket::ApiSocket;
 use crate::pod::{Events, PodError, PodSlot};
+use crate::sandbox::landlock::Grant;
 use crate::sys::SignalFd;
 use crate::telling::Telling;
 use crate::vcpu::{ExitSignal, PodExit};
@@ -128,6 +129,10 @@ impl Monitor {
 
     /// Serves the API on `socket`.
     pub fn serve(&mut self, socket: ApiSocket) {
+        if let Some(path) = socket.path() {
+            // It is removed at the end.
+            self.pod.keep(Grant::directory_of(path));
+        }
         let raised = watch(&mut self.events, &socket);
         self.api = Some((socket, raised));
     }

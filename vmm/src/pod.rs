@@ -21,6 +21,7 @@ use crate::consoles::{ConsoleError, Consoles};
 use crate::hex;
 use crate::machine::{BootError, BootTimings, DiskError, Machine, Outside, ResizeError};
 use crate::registry::{self, AddedNet, Addition, RegistryError};
+use crate::sandbox::landlock::{self, Grant, LandlockError};
 use crate::snapshot::SnapshotError;
 use crate::telling::Telling;
 use crate::vcpu::ExitSignal;
@@ -79,6 +80,9 @@ pub enum PodError {
     /// Its snapshot's files.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The monitor cannot be kept to its files.
+    #[error(transparent)]
+    Landlock(#[from] LandlockError),
     /// A device failed.
     #[error("{0}")]
     Device(&'static str, #[source] std::io::Error),
@@ -111,6 +115,8 @@ pub struct PodSlot {
     created_at: Option<Duration>,
     booted_at: Option<Duration>,
     telling: Telling,
+    /// What the monitor itself needs under Landlock.
+    files: Vec<Grant>,
 }
 
 impl PodSlot {
@@ -125,7 +131,13 @@ impl PodSlot {
             created_at: None,
             booted_at: None,
             telling: Telling::default(),
+            files: Vec::new(),
         }
+    }
+
+    /// Has a pod with `landlock_enable` leave the monitor what it needs itself, beside what the pod names.
+    pub fn keep(&mut self, file: Grant) {
+        self.files.push(file);
     }
 
     /// Has `telling` told of what happens.
@@ -184,6 +196,7 @@ impl PodSlot {
         if pod.running.is_some() {
             return Err(PodError::AlreadyRunning);
         }
+        landlock::enter(&pod.plan.config, &self.files)?;
         self.telling.vm(What::Booting);
         let outside = Outside {
             exit: &self.exit,
@@ -561,7 +574,8 @@ impl PodError {
             Self::NotRunning => 405,
             Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::Already(_) => 409,
             Self::Unsaved(_) | Self::Snapshot(_) => 400,
-            Self::Boot(_) | Self::Device(..) => 500,
+            Self::Landlock(LandlockError::Path { .. }) => 400,
+            Self::Boot(_) | Self::Landlock(_) | Self::Device(..) => 500,
         }
     }
 

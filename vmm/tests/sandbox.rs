@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use common::{Process, kvm, podvisor, wait_for};
 use podvisor::sandbox::seccomp::{self, Violation};
 use podvisor_api::http::Client;
+use serde_json::json;
 
 /// Name, mode of seccomp and number of filters of each thread of `pid`, sorted.
 fn threads(pid: u32) -> Vec<(String, String, String)> {
@@ -61,6 +62,59 @@ fn nothing_is_filtered_when_that_is_asked_for() {
     assert!(threads(child.id()).iter().all(|(_, mode, _)| mode == "0"));
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[test]
+fn a_pod_with_landlock_reaches_its_own_files_and_those_of_the_rules_only() {
+    if !kvm() {
+        return;
+    }
+    let mut process = Process::start();
+    let other = tempfile::tempdir().unwrap();
+    let disk = |directory: &std::path::Path, name: &str| {
+        let path = directory.join(name);
+        fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        json!({"path": path, "image_type": "Raw"})
+    };
+    fs::create_dir(process.path("pool")).unwrap();
+    let mut config = process.pod_config("none");
+    config["landlock_enable"] = json!(true);
+    config["landlock_rules"] = json!([{"path": process.path("pool"), "access": "rw"}]);
+    process.boot_with(&config);
+    let mut agent = process.agent();
+    assert_eq!(agent.command("fs-read file").unwrap().value("bytes"), Some("27"));
+
+    process.put("vm.add-disk", Some(&disk(&process.path("pool"), "in")));
+    let outside = disk(other.path(), "out");
+    let (status, said) = process.request("PUT", "vm.add-disk", Some(&outside));
+    assert!(status >= 400, "{said}");
+    assert!(
+        said.to_string().contains("Permission denied") && said.to_string().contains("out"),
+        "{said}"
+    );
+    // The guest's view of the share is as before, and an end leaves no socket behind.
+    assert_eq!(agent.command("fs-read file").unwrap().value("bytes"), Some("27"));
+    process.put("vmm.shutdown", None);
+    assert!(process.wait().success());
+    assert!(!process.socket.exists());
+}
+
+#[test]
+fn a_rule_whose_path_does_not_exist_is_named() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let mut config = process.pod_config("none");
+    config["disks"] = json!([]);
+    config["fs"] = json!([]);
+    config["landlock_enable"] = json!(true);
+    config["landlock_rules"] = json!([{"path": "/no/such/place", "access": "r"}]);
+    fs::write(process.path("pod.igvm"), podvisor::pod_image::POD_IMAGE).unwrap();
+    process.put("vm.create", Some(&config));
+    let (status, said) = process.request("PUT", "vm.boot", None);
+    assert_eq!(status, 400, "{said}");
+    assert!(said.to_string().contains("/no/such/place"), "{said}");
 }
 
 /// Set in the process that [`a_refused_call_ends_the_process_with_its_number`] starts: this program once more.

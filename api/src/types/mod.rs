@@ -5,6 +5,7 @@ mod console;
 mod cpu;
 mod disk;
 mod fs;
+mod landlock;
 mod memory;
 mod misc;
 mod net;
@@ -20,6 +21,7 @@ pub use disk::{
     DiskConfig, ImageType, LockGranularity, RateLimitGroupConfig, RateLimiterConfig, TokenBucket, VirtQueueAffinity,
 };
 pub use fs::FsConfig;
+pub use landlock::{LandlockAccess, LandlockConfig};
 pub use memory::{HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use misc::{BalloonConfig, DeviceConfig, PmemConfig, RngConfig, VsockConfig};
 pub use net::{NetConfig, VhostMode};

@@ -1,9 +1,9 @@
 //! The VM: its whole configuration and its state.
 
 use super::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, FsConfig, MemoryConfig,
-    NetConfig, PayloadConfig, PciSegmentConfig, PlatformConfig, PmemConfig, PodConfig, RateLimitGroupConfig, RngConfig,
-    SerialConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, FsConfig, LandlockConfig,
+    MemoryConfig, NetConfig, PayloadConfig, PciSegmentConfig, PlatformConfig, PmemConfig, PodConfig,
+    RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -71,7 +71,7 @@ pub struct VmConfig {
     pub landlock_enable: bool,
     /// Paths allowed beyond the configuration's own.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub landlock_rules: Option<Vec<Value>>,
+    pub landlock_rules: Option<Vec<LandlockConfig>>,
     /// NUMA nodes; refused unless empty.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub numa: Option<Vec<Value>>,

@@ -208,6 +208,12 @@ pub(crate) struct RunArgs {
     /// System calls that the monitor has no use for: true ends it, errno lets them fail, log only logs them, false allows all.
     #[arg(long, value_enum, default_value_t = Seccomp::True)]
     pub(crate) seccomp: Seccomp,
+    /// Keep the monitor from all files but those of the configuration once the pod boots.
+    #[arg(long)]
+    pub(crate) landlock: bool,
+    /// A path that stays reachable with --landlock: path=PATH,access=r|w|rw
+    #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append)]
+    pub(crate) landlock_rules: Vec<String>,
     /// Tell what happens to the pod: path=FILE or fd=N
     #[arg(long, value_name = "OPTIONS")]
     pub(crate) event_monitor: Option<String>,
@@ -363,6 +369,13 @@ impl RunArgs {
         }
         config.watchdog = self.watchdog;
         config.pvpanic = self.pvpanic;
+        config.landlock_enable = self.landlock;
+        let rules = self
+            .landlock_rules
+            .iter()
+            .map(|text| section("--landlock-rules", text))
+            .collect::<Result<Vec<_>, _>>()?;
+        config.landlock_rules = (!rules.is_empty()).then_some(rules);
         let payload = PayloadConfig {
             kernel: self.kernel.clone(),
             igvm: self.igvm.clone(),

@@ -16,14 +16,6 @@ const OPTIONS: &[(&str, &str)] = &[
         "--log-format",
         "the log has one format, which Kata's parser of it knows; leave it out",
     ),
-    (
-        "--landlock",
-        "this version does not restrict the monitor's file accesses; give it a mount namespace of its own",
-    ),
-    (
-        "--landlock-rules",
-        "this version does not restrict the monitor's file accesses; leave it out",
-    ),
 ];
 
 /// The reason, if `error` is about an option of Cloud Hypervisor's that is known here.

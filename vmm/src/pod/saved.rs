@@ -12,6 +12,7 @@ use super::{Events, Pod, PodError, PodSlot, Running};
 use crate::config::{Descriptors, PodPlan};
 use crate::consoles::Consoles;
 use crate::machine::{BootError, Machine, Outside, SavedZone};
+use crate::sandbox::landlock;
 use crate::snapshot;
 
 impl PodSlot {
@@ -61,6 +62,7 @@ impl PodSlot {
             )));
         }
         let consoles = Consoles::open(&mut plan.config)?;
+        landlock::enter(&plan.config, &self.files)?;
         self.telling.vm(What::Restoring);
         let outside = Outside {
             exit: &self.exit,

@@ -12,6 +12,7 @@ pub(super) const KIND: Kind = Kind {
     make: make_balloon,
     ids: |config| config.balloon.iter_mut().map(|d| &mut d.id).collect(),
     syscalls: &[balloon::SYSCALLS],
+    files: |_| Vec::new(),
     take_out: |_, _| {},
 };
 

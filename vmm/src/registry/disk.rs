@@ -7,6 +7,7 @@ use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserBlkOptions}
 
 use super::limits::limiter;
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, image, last};
+use crate::sandbox::landlock::Grant;
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -14,6 +15,11 @@ pub(super) const KIND: Kind = Kind {
     make: disks,
     ids: |config| config.disks.iter_mut().flatten().map(|d| &mut d.id).collect(),
     syscalls: &[blk::SYSCALLS, vhost_user::SYSCALLS],
+    files: |config| {
+        let disks = config.disks().iter();
+        let image = |disk: &DiskConfig| Some(Grant::unless(disk.readonly, disk.path.clone()?));
+        disks.filter_map(image).collect()
+    },
     take_out: |config, id| {
         config
             .disks

@@ -6,6 +6,7 @@ use podvisor_devices::virtio::fs::{self, Fs, FsOptions};
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserFsOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
+use crate::sandbox::landlock::Grant;
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -13,6 +14,10 @@ pub(super) const KIND: Kind = Kind {
     make: fs,
     ids: |config| config.fs.iter_mut().flatten().map(|d| &mut d.id).collect(),
     syscalls: &[fs::SYSCALLS, vhost_user::SYSCALLS],
+    files: |config| {
+        let directory = |fs: &FsConfig| Some(Grant::unless(fs.readonly, fs.shared_dir.clone()?));
+        config.fs().iter().filter_map(directory).collect()
+    },
     take_out: |config, id| {
         config
             .fs

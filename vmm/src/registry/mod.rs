@@ -27,6 +27,7 @@ pub use self::net::AddedNet;
 use crate::config::Descriptors;
 use crate::memory::GuestRam;
 use crate::memory::hotplug::HotplugArea;
+use crate::sandbox::landlock::Grant;
 
 /// A device that the configuration asks for.
 pub struct Wanted {
@@ -87,6 +88,8 @@ pub struct Kind {
     pub ids: fn(&mut VmConfig) -> Vec<&mut Option<String>>,
     /// The system calls that its devices make beyond the monitor's own, one list a way of making them.
     pub syscalls: &'static [&'static [i64]],
+    /// The files that its devices open, while they are made or later, for Landlock.
+    pub files: fn(&VmConfig) -> Vec<Grant>,
     /// Takes the device of that name out of the section, if it is there.
     pub take_out: fn(&mut VmConfig, &str),
 }
@@ -118,6 +121,12 @@ pub fn devices(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, Regi
 pub fn syscalls() -> impl Iterator<Item = i64> {
     let lists = KINDS.iter().flat_map(|kind| kind.syscalls).chain(fixed::SYSCALLS);
     lists.copied().flatten().copied()
+}
+
+/// The files that the devices of `config` open.
+#[must_use]
+pub fn files(config: &VmConfig) -> Vec<Grant> {
+    KINDS.iter().flat_map(|kind| (kind.files)(config)).collect()
 }
 
 /// A device that is added to a pod: before its boot to the configuration, afterwards to the machine too.

@@ -19,6 +19,7 @@ pub(super) const KIND: Kind = Kind {
     make: nets,
     ids: |config| config.net.iter_mut().flatten().map(|d| &mut d.id).collect(),
     syscalls: &[net::SYSCALLS, vhost_user::SYSCALLS],
+    files: |_| Vec::new(),
     take_out: |config, id| {
         config
             .net

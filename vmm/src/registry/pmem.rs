@@ -4,6 +4,7 @@ use podvisor_api::types::{Isolation, PmemConfig, VmConfig};
 use podvisor_devices::virtio::pmem::{self, Pmem, PmemOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
+use crate::sandbox::landlock::Grant;
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -11,6 +12,10 @@ pub(super) const KIND: Kind = Kind {
     make: pmems,
     ids: |config| config.pmem.iter_mut().flatten().map(|d| &mut d.id).collect(),
     syscalls: &[pmem::SYSCALLS],
+    files: |config| {
+        let file = |pmem: &PmemConfig| Grant::unless(pmem.discard_writes, &pmem.file);
+        config.pmem().iter().map(file).collect()
+    },
     take_out: |config, id| {
         config
             .pmem

@@ -4,6 +4,7 @@ use podvisor_api::types::VmConfig;
 use podvisor_devices::virtio::rng::Rng;
 
 use super::{Kind, Means, RegistryError, Wanted, failed};
+use crate::sandbox::landlock::Grant;
 
 /// The kind. Its name is fixed: nobody adds or removes it.
 pub(super) const KIND: Kind = Kind {
@@ -11,6 +12,7 @@ pub(super) const KIND: Kind = Kind {
     make: rng,
     ids: |_| Vec::new(),
     syscalls: &[],
+    files: |config| vec![Grant::read(&config.rng.src)],
     take_out: |_, _| {},
 };
 

@@ -4,6 +4,7 @@ use podvisor_api::types::{VmConfig, VsockConfig};
 use podvisor_devices::virtio::vsock::{self, Vsock, VsockOptions};
 
 use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
+use crate::sandbox::landlock::Grant;
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -11,6 +12,14 @@ pub(super) const KIND: Kind = Kind {
     make: vsock,
     ids: |config| config.vsock.iter_mut().map(|d| &mut d.id).collect(),
     syscalls: &[vsock::SYSCALLS],
+    files: |config| {
+        // Its socket is made and removed there, and those that the guest calls are beside it.
+        config
+            .vsock
+            .iter()
+            .map(|vsock| Grant::directory_of(&vsock.socket))
+            .collect()
+    },
     take_out: |config, id| drop(config.vsock.take_if(|d| d.id.as_deref() == Some(id))),
 };
 

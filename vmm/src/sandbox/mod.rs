@@ -2,4 +2,5 @@
 //! files ([`landlock`]). Which of them a device needs is told by the device and its registration, not here.
 
 mod bpf;
+pub mod landlock;
 pub mod seccomp;
