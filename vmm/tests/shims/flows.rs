@@ -138,6 +138,53 @@ fn the_rust_shim_reads_vm_info() {
     assert_eq!(read(&mut client).config.vsock.unwrap().cid, 3);
 }
 
+/// The Go shim of the runtime class kata-cc (a fork's): an IGVM image that carries kernel and command line, the policy's
+/// hash, ten PCI segments, no shared memory. It asks for the processor's SNP by one of two names.
+#[test]
+fn the_confidential_go_shims_sandbox() {
+    if !kvm() {
+        return;
+    }
+    let mut sandbox = Sandbox::start(Shim::Go);
+    sandbox.pod_guest();
+    let mut client = sandbox.go();
+    let mut config = bodies::go_create(&sandbox);
+    config["payload"] = json!({"igvm": sandbox.path("kernel"), "host_data": "5a".repeat(32)});
+    config["memory"] = json!({"size": MEMORY, "mergeable": false, "hotplug_method": "Acpi", "shared": false,
+                              "hugepages": false, "prefault": false, "thp": true});
+    config["cpus"]["max_vcpus"] = json!(1);
+    config["cpus"]["topology"]["cores_per_die"] = json!(1);
+    config["console"]["mode"] = json!("Tty");
+    for name in ["sev_snp", "snp"] {
+        let mut asked = config.clone();
+        asked["platform"] = json!({"num_pci_segments": 10, "tdx": false, name: true});
+        // Where there is such a processor, it is another test's.
+        match client.put("vm.create", Some(&asked)) {
+            Err(refused) => assert!(refused.contains("sev_snp"), "{refused}"),
+            Ok(()) => client.put("vm.delete", None).unwrap(),
+        }
+    }
+    config["platform"] = json!({"num_pci_segments": 10, "tdx": false, "isolation": "snp-emulated"});
+    client.put("vm.create", Some(&config)).unwrap();
+    assert_eq!(client.state(), "Created");
+    if let Some(tap) = host::tap(0) {
+        client.add_nets(&[(bodies::go_net(1), tap.as_fd())]).unwrap();
+    }
+    client.put("vm.boot", None).unwrap();
+    assert_eq!(client.state(), "Running");
+    assert_eq!(process::vcpus(sandbox.pid()), [0]);
+    let mut stream = agent(Shim::Go, &sandbox.vsock());
+    assert!(say(&mut stream, "hello").starts_with("ok version=1 platform=snp emulated=1"));
+    // A volume comes to a confidential pod as to another.
+    let (id, bdf) = client
+        .add("vm.add-disk", &bodies::go_disk(&sandbox.path("volume"), false))
+        .unwrap();
+    go::slot_of(&bdf).unwrap();
+    client.put("vm.remove-device", Some(&json!({"id": id}))).unwrap();
+    client.put("vmm.shutdown", None).unwrap();
+    assert_eq!(sandbox.wait().code(), Some(0));
+}
+
 /// What a sandbox's annotations and configuration files add to the requests.
 #[test]
 fn what_else_the_go_shim_sends() {

@@ -204,6 +204,14 @@ fn pitfall_13_sigkill_leaves_nothing_in_the_way() {
         sandbox.kill();
         sandbox.start_again();
     }
+    // Killed while it boots, wherever that is then.
+    for _ in 0..5 {
+        let mut client = sandbox.rust();
+        client.put("vm.create", Some(&bodies::rust_create(&sandbox))).unwrap();
+        client.write("PUT", "vm.boot", None, &[]);
+        sandbox.kill();
+        sandbox.start_again();
+    }
     // Killed in the middle of a pod's life, its sockets still there. The shim removes the API's, not the vsock's.
     let mut client = sandbox.rust();
     client.put("vm.create", Some(&bodies::rust_create(&sandbox))).unwrap();
@@ -308,6 +316,36 @@ fn pitfall_19_the_shims_command_lines() {
         client.put("vmm.shutdown", None).unwrap();
         assert_eq!(sandbox.wait().code(), Some(0), "{arguments:?}");
     }
+}
+
+/// The Go shim refuses longer paths itself (a socket's address has 108 bytes, one of which ends it).
+#[test]
+fn pitfall_19_sockets_of_the_longest_path() {
+    if !kvm() {
+        return;
+    }
+    let outer = tempfile::tempdir().unwrap();
+    let pad = 106 - outer.path().as_os_str().len() - "/clh-api.sock".len();
+    let dir = tempfile::Builder::new()
+        .prefix(&"d".repeat(pad - 6))
+        .rand_bytes(6)
+        .tempdir_in(outer.path())
+        .unwrap();
+    let command = sandbox::command(Shim::Go, dir.path(), false);
+    let sandbox = Sandbox::spawn(Shim::Go, dir, command);
+    assert_eq!(sandbox.api().as_os_str().len(), 107);
+    sandbox.pod_guest();
+    let mut client = sandbox.go();
+    let mut config = bodies::go_create(&sandbox);
+    let vsock = sandbox.path("vsock-12.soc");
+    assert_eq!(vsock.as_os_str().len(), 107);
+    config["vsock"]["socket"] = json!(vsock);
+    client.put("vm.create", Some(&config)).unwrap();
+    client.put("vm.boot", None).unwrap();
+    let mut stream = agent(Shim::Go, &vsock);
+    // The pod's own connections would go to a path that no socket can have: they fail, and nothing else.
+    assert!(say(&mut stream, "dial 5000 10 1").starts_with("err "));
+    assert!(say(&mut stream, "hello").starts_with("ok "));
 }
 
 #[test]
