@@ -46,7 +46,9 @@ pub struct RamOptions {
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// The host refused the mapping.
-    #[error("mapping {len} bytes of guest memory at {gpa:#x} (memory.size, memory.hugepages)")]
+    #[error(
+        "mapping {len} bytes of guest memory at {gpa:#x} (memory.size, memory.hugepages: the host must have as many free)"
+    )]
     Map {
         /// Guest address.
         gpa: u64,
@@ -251,8 +253,10 @@ fn map(gpa: u64, len: u64, options: &RamOptions, access: libc::c_int) -> io::Res
         let file = sys::memfd(c"podvisor-ram", options.hugepages)?;
         file.set_len(len)?;
         // Huge pages are shared too, as Cloud Hypervisor has them: a private copy would double what is scarce.
+        // RAM has them from the start, as a touch without one would be the monitor's end; what is only address space, not.
+        let lazily = !options.hugepages || access != READ_WRITE;
         builder = builder
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_mmap_flags(libc::MAP_SHARED | if lazily { libc::MAP_NORESERVE } else { 0 })
             .with_file_offset(FileOffset::new(file, 0))
             .with_hugetlbfs(options.hugepages);
     } else {

@@ -175,3 +175,35 @@ fn a_pod_without_a_balloon_says_so_and_a_confidential_one_has_none() {
     let (status, said) = process.request("PUT", "vm.create", Some(&config));
     assert!(status == 400 && said.to_string().contains("confidential"), "{said}");
 }
+
+/// The host's free huge pages, in bytes; None if it makes more on demand.
+fn free_huge_pages() -> Option<u64> {
+    let more = std::fs::read_to_string("/proc/sys/vm/nr_overcommit_hugepages").ok()?;
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    };
+    (more.trim() == "0").then_some((field("HugePages_Free:")? * field("Hugepagesize:")?) << 10)
+}
+
+#[test]
+fn huge_pages_that_the_host_has_not_are_missed_at_the_boot() {
+    if !kvm() {
+        return;
+    }
+    let Some(free) = free_huge_pages() else { return };
+    let process = Process::start();
+    let size = (free + (256 << 20)).next_multiple_of(1 << 30);
+    let zone = json!({"id": "a", "size": size, "hugepages": true});
+    for memory in [
+        json!({"size": size, "hugepages": true}),
+        json!({"size": size, "hugepages": true, "shared": true}),
+        json!({"size": 0, "zones": [zone]}),
+    ] {
+        create(&process, IDLE, &memory, &json!({}));
+        let (status, said) = process.request("PUT", "vm.boot", None);
+        assert!(status >= 400 && said.to_string().contains("memory."), "{status} {said}");
+        process.put("vm.delete", None);
+    }
+}

@@ -203,6 +203,11 @@ impl HotplugArea {
         let size = usize::try_from(len).map_err(|e| fail(io::Error::other(e)))?;
         let address = usize::try_from(self.host(gpa)).map_err(|e| fail(io::Error::other(e)))?;
         let address = std::ptr::with_exposed_provenance_mut::<libc::c_void>(address);
+        if let (true, Some(file)) = (self.options.hugepages, self.region.file_offset()) {
+            // A touch without a huge page would be the monitor's end: they are taken before.
+            let offset = file.start().saturating_add(gpa.saturating_sub(self.blocks.start()));
+            fallocate(file.file(), 0, offset, len).map_err(fail)?;
+        }
         // SAFETY: the range is in the mapping of `region`, which nothing but guest memory lives in; access is only added.
         if unsafe { libc::mprotect(address, size, libc::PROT_READ | libc::PROT_WRITE) } < 0 {
             return Err(fail(io::Error::last_os_error()));
@@ -215,9 +220,10 @@ impl HotplugArea {
 
     /// Gives the host's memory behind `[gpa, gpa + len)`, which is in the area, back; zeros are read there then.
     fn release(&self, gpa: u64, len: u64) -> io::Result<()> {
-        if let (true, Some(file)) = (self.options.shared, self.region.file_offset()) {
+        if let Some(file) = self.region.file_offset() {
             let offset = gpa.saturating_sub(self.blocks.start());
-            return punch(file.file(), file.start().saturating_add(offset), len);
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            return fallocate(file.file(), mode, file.start().saturating_add(offset), len);
         }
         let (address, size) = (usize::try_from(self.host(gpa)), usize::try_from(len));
         let (Ok(address), Ok(size)) = (address, size) else {
@@ -320,12 +326,11 @@ impl Reclaim for HotplugArea {
     }
 }
 
-fn punch(file: &File, offset: u64, len: u64) -> io::Result<()> {
+fn fallocate(file: &File, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
     let (offset, len) = (
         libc::off_t::try_from(offset).map_err(io::Error::other)?,
         libc::off_t::try_from(len).map_err(io::Error::other)?,
     );
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     // SAFETY: fallocate takes numbers and an open descriptor.
     if unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } < 0 {
         return Err(io::Error::last_os_error());

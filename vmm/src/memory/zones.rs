@@ -187,7 +187,11 @@ impl Zone {
         let mut builder = MmapRegionBuilder::new(size).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         // Huge pages without a name are shared: a private copy would double what is scarce.
         let shared = self.options.shared || (self.options.hugepages && self.file.is_none());
-        let mut flags = libc::MAP_NORESERVE | if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        let mut flags = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        if !self.options.hugepages {
+            // Huge pages are the zone's from the start: a touch without one would be the monitor's end.
+            flags |= libc::MAP_NORESERVE;
+        }
         match file {
             Some(file) => builder = builder.with_file_offset(FileOffset::new(file.try_clone()?, piece.offset)),
             None => flags |= libc::MAP_ANONYMOUS,
