@@ -32,7 +32,7 @@ pub(crate) fn request(method: &str, endpoint: &str, body: Option<&str>) -> Strin
     let mut text = format!(
         "{method} /api/v1/{endpoint} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: OpenAPI-Generator/1.0.0/go\r\n"
     );
-    if method == "PUT" {
+    if method == "PUT" || body.is_some() {
         text += &format!("Content-Length: {}\r\n", body.map_or(0, str::len));
     }
     if matches!(endpoint, "vmm.ping" | "vm.info" | "vm.add-disk" | "vm.add-device") {

@@ -20,6 +20,7 @@ mod bytes;
 mod flows;
 mod go;
 mod host;
+mod monkey;
 mod pitfalls;
 mod process;
 mod rust;
