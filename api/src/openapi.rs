@@ -84,7 +84,6 @@ const REFUSALS: &[(&str, &str, &str)] = &[
     ),
     ("429", "Pending", "The guest has not done yet what it was asked before"),
     ("500", "Failed", "It was tried and failed"),
-    ("501", "Unsupported", "This version does not do that"),
     ("4XX", "Refused", "Refused for another reason"),
     ("5XX", "Unavailable", "The monitor cannot answer now"),
 ];

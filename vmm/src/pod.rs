@@ -68,9 +68,6 @@ pub enum PodError {
     /// A disk keeps its size.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// What was asked for does not exist here.
-    #[error("{0}")]
-    Unsupported(String),
     /// It cannot have these sizes.
     #[error(transparent)]
     Resize(#[from] ResizeError),
@@ -566,7 +563,6 @@ impl PodError {
     pub fn status(&self) -> u16 {
         match self {
             Self::NotCreated | Self::NoDevice(_) => 404,
-            Self::Unsupported(_) => 501,
             Self::Resize(error) => error.status(),
             Self::Config(PlanError::Config(error)) if error.conflict => 409,
             Self::Config(_) | Self::Refused(_) | Self::Disk(_) | Self::Console(_) => 400,

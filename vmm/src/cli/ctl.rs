@@ -365,7 +365,14 @@ pub(super) fn run(args: &CtlArgs) -> Result<(), Failure> {
 /// The monitor's own words, cause after cause.
 fn refusal(endpoint: &str, status: u16, body: &str) -> String {
     let causes: Vec<String> = serde_json::from_str(body).unwrap_or_else(|_| vec![body.to_owned()]);
-    format!("{endpoint}: {status}: {}", causes.join(": "))
+    let mut said = format!("{endpoint}: {status}");
+    for cause in causes {
+        // An error that shows its cause has it told once.
+        if !said.ends_with(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
 }
 
 #[cfg(test)]
@@ -506,6 +513,7 @@ mod tests {
     #[test]
     fn a_refusal_is_told_cause_after_cause() {
         assert_eq!(refusal("vm.boot", 404, r#"["a","b"]"#), "vm.boot: 404: a: b");
+        assert_eq!(refusal("vm.boot", 404, r#"["a: b","b"]"#), "vm.boot: 404: a: b");
         assert_eq!(refusal("vm.boot", 500, "x"), "vm.boot: 500: x");
     }
 }

@@ -154,8 +154,13 @@ pub(super) fn run(args: &TopArgs) -> Result<(), Failure> {
         } else {
             frame::page(&now, before.as_ref())
         };
-        // From the upper left corner on, and what was below is gone.
-        print(&if redraw { format!("\x1b[H\x1b[J{shown}") } else { shown })?;
+        print(&match (redraw, args.json || before.is_none()) {
+            // From the upper left corner on, and what was below is gone.
+            (true, _) => format!("\x1b[H\x1b[J{shown}"),
+            (false, true) => shown,
+            // Pages below each other have a line between them.
+            (false, false) => format!("\n{shown}"),
+        })?;
         before = Some(now);
         left -= 1;
         if left > 0 {
