@@ -349,6 +349,39 @@ fn a_restored_pod_is_resized_like_another() {
 }
 
 #[test]
+fn a_pod_with_room_for_virtio_mem_is_saved_while_it_has_none() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    let memory = json!({"size": 128 * MIB, "hotplug_size": 512 * MIB, "hotplug_method": "VirtioMem"});
+    create(&process, IDLE, &json!({"memory": memory}));
+    process.put("vm.boot", None);
+    assert_eq!(resize(&process, &json!({"desired_ram": 130 * MIB})).0, 204);
+    let (dir, url) = (
+        process.path("saved"),
+        format!("file://{}", process.path("saved").display()),
+    );
+    std::fs::create_dir(&dir).unwrap();
+    let body = json!({"destination_url": url});
+    process.put("vm.pause", None);
+    let (status, said) = process.request("PUT", "vm.snapshot", Some(&body));
+    assert!(
+        status == 400 && said.to_string().contains("vm.resize"),
+        "{status} {said}"
+    );
+    process.put("vm.resume", None);
+    assert_eq!(resize(&process, &json!({"desired_ram": 128 * MIB})).0, 204);
+    process.put("vm.pause", None);
+    process.put("vm.snapshot", Some(&body));
+    let other = Process::start();
+    other.put("vm.restore", Some(&json!({"source_url": url, "resume": true})));
+    assert_eq!(resize(&other, &json!({"desired_ram": 256 * MIB})).0, 204);
+    let counters = other.request("GET", "vm.counters", None).1;
+    assert_eq!(counters["__mem"]["requested_bytes"].as_u64(), Some(128 * MIB));
+}
+
+#[test]
 fn a_zone_with_room_grows_by_its_name() {
     if !kvm() {
         return;

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde_json::Value;
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::DescriptorChain;
@@ -18,6 +19,7 @@ use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
+use super::state::{self, StateError};
 use crate::memory::blocks::Blocks;
 use crate::memory::{PodMemory, Reclaim};
 
@@ -438,6 +440,25 @@ impl VirtioDevice for Mem {
         let _ = self.shared.event.read();
         self.show()?;
         self.service()
+    }
+
+    /// Memory that came while the pod ran is in no snapshot, so that there is nothing to keep.
+    fn save(&mut self) -> Result<Value, StateError> {
+        let (plugged, requested) = (
+            self.shared.blocks.plugged_size(),
+            self.shared.requested.load(Ordering::Acquire),
+        );
+        if plugged == 0 && requested == 0 && self.shown == 0 {
+            return Ok(Value::Null);
+        }
+        Err(StateError::Refused(format!(
+            "the guest has {plugged} bytes of virtio-mem memory and was asked to have {requested}: take them back with vm.resize \
+             first, to the size that the pod was booted with"
+        )))
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        state::nothing(&state)
     }
 
     /// Plugged blocks stay: a reset of the device is not one of the machine (5.15.5.2).

@@ -385,3 +385,25 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_device_without_plugged_memory_is_saved() {
+    let mut g = Guest::new();
+    g.request(2);
+    assert_eq!(g.ask(PLUG, 0, 2), ACK);
+    let refused = |g: &mut Guest| g.h.device.save().err().unwrap().to_string();
+    assert!(refused(&mut g).contains(&format!("{} bytes", 2 * BLOCK_SIZE)));
+    g.request(0);
+    assert!(refused(&mut g).contains("vm.resize"));
+    assert_eq!(g.ask(UNPLUG, 0, 2), ACK);
+    let mut next = Guest::new();
+    let handle = next.handle.clone();
+    next.h.reset();
+    let features = g.h.device.features() & !(1 << VIRTIO_RING_F_EVENT_IDX);
+    drop(g.h.moved_to(next.h.device, features).unwrap());
+    handle.request(BLOCK_SIZE).unwrap();
+    while g.h.poll_events(0).unwrap() {}
+    assert_eq!(g.ask(PLUG, 3, 1), ACK);
+    assert_eq!(handle.plugged_size(), BLOCK_SIZE);
+    assert!(g.h.device.restore(Value::Bool(true)).is_err());
+}
