@@ -42,7 +42,7 @@ cc -O2 -static -o "$work/duct" "$here/duct.c"
 pod_items=(--kernel "$pod" "file=/bin/busybox:/bin/busybox" "file=/bin/duct:$work/duct" "file=/init:$here/l2/init"
     dir=/dev dir=/proc dir=/sys dir=/tmp)
 for module in virtio_pci virtio_blk virtio-rng virtio_console virtiofs vmw_vsock_virtio_transport virtio_net virtio_balloon virtio_mem \
-    pvpanic-pci ptp_kvm button evdev; do pod_items+=("module=$module"); done
+    virtio_pmem nd_pmem pvpanic-pci ptp_kvm button evdev; do pod_items+=("module=$module"); done
 for name in $all; do [ ! -f "$here/cases/$name/pod" ] || pod_items+=("file=/cases/$name:$here/cases/$name/pod"); done
 python3 "$here/initramfs.py" "$work/pod" "${pod_items[@]}"
 

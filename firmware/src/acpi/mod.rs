@@ -17,7 +17,7 @@ pub struct AcpiMachine {
     pub vcpus: u32,
     /// vCPUs that can be plugged in all; at least `vcpus`, at most 4096.
     pub max_vcpus: u32,
-    /// PCI segments, 1 to 16.
+    /// PCI segments, 1 to 96: as many as Cloud Hypervisor has.
     pub segments: u16,
     /// Memory devices that can be plugged, at most [`layout::MEMORY_SLOTS`]; 0 for a pod without memory hotplug, which
     /// has no controller for it.
@@ -130,7 +130,7 @@ impl AcpiTables {
         if vcpus == 0 || vcpus > max_vcpus || max_vcpus > 4096 {
             return Err(AcpiError::Vcpus { vcpus, max_vcpus });
         }
-        let max = machine.device_area().max_segments().min(16);
+        let max = machine.device_area().max_segments().min(96);
         if segments == 0 || u64::from(segments) > max {
             return Err(AcpiError::Segments {
                 segments,
