@@ -177,7 +177,10 @@ fn dispatch(state: &mut State<'_>, endpoint: &Endpoint, body: &[u8]) -> Outcome 
     match endpoint.id {
         EndpointId::VmmPing => ping(),
         EndpointId::VmmShutdown => Ok(vmm_shutdown(state)),
-        EndpointId::VmInfo => json(&state.pod.info()?),
+        EndpointId::VmInfo => Ok(Reply {
+            status: 200,
+            body: Some(state.pod.info()?),
+        }),
         EndpointId::VmCounters => json(&state.pod.counters()?),
         EndpointId::VmCreate => done(state.pod.create(parse::<VmConfig>(body)?)),
         EndpointId::VmDelete => {

@@ -1,6 +1,7 @@
 //! The one pod that a monitor holds, from vm.create to vm.delete: its configuration, its machine while it runs, and the
 //! order in which the two may change. A refused step changes nothing.
 
+mod info;
 mod memory;
 mod resize;
 mod saved;
@@ -12,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberId, SubscriberOps};
 use podvisor_api::events::{Source, What};
-use podvisor_api::types::{Isolation, PciDeviceInfo, VmConfig, VmInfo, VmState};
+use podvisor_api::types::{Isolation, PciDeviceInfo, VmConfig};
 use podvisor_devices::pci::Bdf;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use self::info::ShownConfig;
 use crate::config::{PlanError, PodPlan};
 use crate::consoles::{ConsoleError, Consoles};
-use crate::hex;
 use crate::machine::{BootError, BootTimings, DiskError, Machine, Outside, ResizeError};
 use crate::registry::{self, AddedNet, Addition, RegistryError};
 use crate::sandbox::landlock::{self, Grant, LandlockError};
@@ -114,6 +115,7 @@ pub struct PodSlot {
     telling: Telling,
     /// What the monitor itself needs under Landlock.
     files: Vec<Grant>,
+    shown: ShownConfig,
 }
 
 impl PodSlot {
@@ -129,6 +131,7 @@ impl PodSlot {
             booted_at: None,
             telling: Telling::default(),
             files: Vec::new(),
+            shown: ShownConfig::default(),
         }
     }
 
@@ -435,86 +438,6 @@ impl PodSlot {
     /// When it does not run.
     pub fn counters(&mut self) -> Result<Value, PodError> {
         Ok(json!(self.machine_mut()?.counters()))
-    }
-
-    /// What it is and how it is.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn info(&self) -> Result<VmInfo, PodError> {
-        let pod = self.pod.as_ref().ok_or(PodError::NotCreated)?;
-        let machine = pod.running.as_ref().map(|r| &r.machine);
-        let state = match machine {
-            None => VmState::Created,
-            Some(machine) if machine.paused() => VmState::Paused,
-            Some(_) => VmState::Running,
-        };
-        Ok(VmInfo {
-            config: pod.plan.config.clone(),
-            state,
-            memory_actual_size: self.actual_memory(machine.map_or(pod.plan.memory, Machine::memory)),
-            podvisor: self.extras(pod, machine),
-        })
-    }
-
-    /// What podvisor tells beyond Cloud Hypervisor's fields.
-    fn extras(&self, pod: &Pod, machine: Option<&Machine>) -> Map<String, Value> {
-        let mut map = Map::new();
-        let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
-        put("version", json!(env!("CARGO_PKG_VERSION")));
-        put("isolation", json!(isolation_name(pod.plan.isolation)));
-        put("emulated", json!(pod.plan.isolation == Isolation::SnpEmulated));
-        put("vcpus", json!(pod.plan.vcpus));
-        put("memory_bytes", json!(machine.map_or(pod.plan.memory, Machine::memory)));
-        if let Some(sized) = &pod.plan.config.pod {
-            put(
-                "sizing",
-                json!({"pod": sized, "memory_bytes": pod.plan.memory, "vcpus": pod.plan.vcpus}),
-            );
-        }
-        if let Some(report) = machine.and_then(Machine::confidential).and_then(|c| c.report()) {
-            put("digest", json!(hex::encode(&report.predicted.digest)));
-            put("digest_predicted", json!(hex::encode(&report.predicted.digest)));
-            put(
-                "digest_launched",
-                json!(report.launched.as_ref().map(|d| hex::encode(d))),
-            );
-            put("policy", json!(format!("{:#x}", report.policy)));
-            put("measured_bytes", json!(report.predicted.measured_bytes));
-        }
-        if pod.plan.isolation != Isolation::None {
-            put("host_data", json!(hex::encode(&pod.plan.host_data)));
-        }
-        if let Some(machine) = machine {
-            let mut devices: Vec<Value> = machine
-                .devices()
-                .iter()
-                .map(|d| json!({"id": d.id, "kind": d.kind, "bdf": d.bdf.to_string(), "state": d.state()}))
-                .collect();
-            if let Some((id, bdf)) = machine.pvpanic() {
-                devices.push(json!({"id": id, "kind": "pvpanic", "bdf": bdf.to_string(), "state": "active"}));
-            }
-            put("devices", json!(devices));
-        }
-        put("timings_ms", self.timings(pod));
-        put("monitor_peak_rss_kib", json!(crate::sys::peak_rss_kib()));
-        map
-    }
-
-    fn timings(&self, pod: &Pod) -> Value {
-        let mut map = Map::new();
-        let mut put = |key: &str, value: Option<Duration>| {
-            if let Some(value) = value {
-                map.insert(key.to_owned(), json!(millis(value)));
-            }
-        };
-        put("created_at", self.created_at);
-        put("booted_at", self.booted_at.filter(|_| pod.timings.is_some()));
-        put("boot", pod.timings.map(|t| t.total));
-        put("boot_plan", pod.timings.map(|t| t.plan));
-        put("boot_build", pod.timings.map(|t| t.build));
-        put("boot_launch", pod.timings.map(|t| t.launch));
-        Value::Object(map)
     }
 
     fn machine_mut(&mut self) -> Result<&mut Machine, PodError> {
