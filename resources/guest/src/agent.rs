@@ -363,9 +363,10 @@ impl Agent {
             }
             (b"poweroff", []) => say(out, String::from("ok")).map(|_: Next| Next::PowerOff),
             (b"reset", []) => say(out, String::from("ok")).map(|_: Next| Next::Reset),
-            (b"port" | b"console" | b"watchdog" | b"panic" | b"serial-read" | b"console-read" | b"console-size", words) => {
-                self.platform_command(name, words).and_then(|text| say(out, text))
-            }
+            (
+                b"port" | b"console" | b"watchdog" | b"panic" | b"serial-read" | b"console-read" | b"console-size",
+                words,
+            ) => self.platform_command(name, words).and_then(|text| say(out, text)),
             (name, words) if name.starts_with(b"blk-") => self.blk_command(name, words).and_then(|text| say(out, text)),
             _ => Err(String::from("unknown command or wrong number of arguments")),
         }
