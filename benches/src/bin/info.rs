@@ -1,5 +1,6 @@
-//! How long `vm.info` takes: a pod with 20 devices whose guest halts, and several clients that ask at once, each on a
-//! connection of its own that it keeps. Printed are the percentiles of all answers.
+//! How long `vm.info` and `vm.add-disk` take: a pod with 20 devices whose guest halts; several clients that ask at once for
+//! `vm.info`, each on a connection of its own that it keeps; then one that adds disks until the bus is full. Printed are the
+//! percentiles of all answers.
 #![expect(clippy::print_stdout, reason = "a command-line program")]
 
 use std::error::Error;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use podvisor_benches::process::cpu_time;
 
-/// Measures `vm.info`.
+/// Measures `vm.info` and `vm.add-disk`.
 #[derive(Parser)]
 struct Options {
     /// The podvisor to measure.
@@ -39,6 +40,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const WARM_UP: usize = 100;
 /// The pod's disks; entropy source, balloon, persistent memory and vsock make 20 devices of them.
 const DISKS: usize = 16;
+/// What is left of the 31 slots of its bus.
+const FREE_SLOTS: usize = 11;
 
 /// A child that does not outlive its measurement.
 struct Monitor(Child);
@@ -51,12 +54,27 @@ impl Drop for Monitor {
     }
 }
 
-/// One request and its answer; the length of the body.
+/// Asks for `endpoint`; the length of the answer's body.
 fn ask(stream: &mut UnixStream, endpoint: &str, buffer: &mut Vec<u8>) -> io::Result<usize> {
     write!(
         stream,
         "GET /api/v1/{endpoint} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"
     )?;
+    answer(stream, endpoint, buffer)
+}
+
+/// Adds the disk at `path`.
+fn add_disk(stream: &mut UnixStream, path: &Path, buffer: &mut Vec<u8>) -> io::Result<usize> {
+    let body = serde_json::json!({"path": path, "image_type": "Raw"}).to_string();
+    let length = body.len();
+    let request =
+        format!("PUT /api/v1/vm.add-disk HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}");
+    stream.write_all(request.as_bytes())?;
+    answer(stream, "vm.add-disk", buffer)
+}
+
+/// Waits for the answer to a request; the length of its body.
+fn answer(stream: &mut UnixStream, endpoint: &str, buffer: &mut Vec<u8>) -> io::Result<usize> {
     let broken = || io::Error::other(format!("{endpoint} was not answered with 200"));
     buffer.resize(1 << 16, 0);
     let mut len = 0;
@@ -167,6 +185,22 @@ fn client(socket: &Path, options: &Options) -> io::Result<(Vec<f64>, usize)> {
     Ok((times, length))
 }
 
+/// The answers to disks that are added until the bus is full, microseconds.
+fn hotplug(socket: &Path, dir: &Path) -> io::Result<Vec<f64>> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let (mut times, mut buffer) = (Vec::new(), Vec::new());
+    for index in DISKS..DISKS + FREE_SLOTS {
+        let path = dir.join(format!("disk{index}"));
+        File::create(&path)?.set_len(1 << 20)?;
+        let begin = Instant::now();
+        add_disk(&mut stream, &path, &mut buffer)?;
+        times.push(begin.elapsed().as_secs_f64() * 1e6);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times)
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse();
     let dir = std::env::temp_dir().join(format!("podvisor-info-{}", std::process::id()));
@@ -206,9 +240,16 @@ fn measure(options: &Options, dir: &Path) -> Result<(), Box<dyn Error>> {
         ("p99", at(99)),
         ("cpu", cpu_us),
     ];
+    let added = hotplug(&socket, dir)?;
+    let of = |index: usize| added.get(index).copied().unwrap_or(f64::NAN);
+    let added = [
+        ("add-disk min", of(0)),
+        ("add-disk p50", of(FREE_SLOTS / 2)),
+        ("add-disk max", of(FREE_SLOTS - 1)),
+    ];
     if options.json {
-        let mut json: serde_json::Map<_, _> = (figures.iter())
-            .map(|(name, us)| (format!("{name}_us"), serde_json::json!(us)))
+        let mut json: serde_json::Map<_, _> = (figures.iter().chain(&added))
+            .map(|(name, us)| (format!("{}_us", name.replace([' ', '-'], "_")), serde_json::json!(us)))
             .collect();
         json.insert("body_bytes".to_owned(), serde_json::json!(length));
         println!("{}", serde_json::Value::Object(json));
@@ -219,8 +260,8 @@ fn measure(options: &Options, dir: &Path) -> Result<(), Box<dyn Error>> {
         options.clients,
         times.len()
     );
-    for (name, us) in figures {
-        println!("{name:<5} {us:>10.1}");
+    for (name, us) in figures.iter().chain(&added) {
+        println!("{name:<12} {us:>10.1}");
     }
     Ok(())
 }
