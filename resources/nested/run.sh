@@ -63,14 +63,15 @@ python3 "$here/initramfs.py" "$work/host" "${host_items[@]}"
 
 # Without cmpxchg16b: QEMU 7.2 loses the flags when a nested exit comes right after one, and newer kernels use it to allocate.
 processor=max,+svm,-cx16
-# The host: its console goes to a file, its second serial port carries the results.
+# The host's clock stays the TSC however long the emulation is kept from running, or kvmclock has no pair to give.
+# Its console goes to a file, its second serial port carries the results.
 seconds=120
 for name in $cases; do
     limit=$(sed -n 's/^# limit: \([0-9]*\) s$/\1/p' "$here/cases/$name/host"); seconds=$((seconds + ${limit:-120}))
 done
 mkfifo "$work/results"
 timeout -k 5 "$seconds" qemu-system-x86_64 -accel tcg -cpu "$processor" -m 3G -display none -no-reboot -nodefaults -no-user-config \
-    -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 rdinit=/init" \
+    -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 tsc=reliable rdinit=/init" \
     -serial "file:$work/console" -serial "file:$work/results" </dev/null >"$work/qemu" 2>&1 &
 qemu=$!
 tr -d '\r' <"$work/results" | tee "$work/out" || true
