@@ -127,6 +127,35 @@ fn shared(device: impl BusDevice + 'static) -> SharedBusDevice {
     Arc::new(Mutex::new(device))
 }
 
+/// Puts `device` on `bus`.
+fn place<D: BusDevice + 'static>(bus: &Bus, at: u64, len: u64, device: D) -> Result<Arc<Mutex<D>>, ChipsetError> {
+    let device = Arc::new(Mutex::new(device));
+    bus.insert(at, len, Arc::clone(&device) as SharedBusDevice)?;
+    Ok(device)
+}
+
+/// The devices at ports that no configuration moves and nobody speaks to but the guest; `memory` is bytes of RAM.
+fn fixed_ports(pio: &Bus, memory: u64, exit: &Arc<ExitSignal>) -> Result<(), ChipsetError> {
+    let ends = ends(exit);
+    let below = memory.min(layout::MEM_32BIT_RESERVED_START);
+    let cmos = Cmos::new(below, memory - below, Arc::clone(&ends));
+    let ports: [(u16, u64, SharedBusDevice); 5] = [
+        (layout::CMOS_PORT, CMOS_SIZE, shared(cmos)),
+        (layout::DEBUG_PORT, 1, shared(DebugPort)),
+        (layout::I8042_PORT, I8042_SIZE, shared(I8042::new(Arc::clone(&ends)))),
+        (
+            layout::ACPI_SHUTDOWN_PORT,
+            ACPI_POWER_SIZE,
+            shared(AcpiPower::new(ends)),
+        ),
+        (layout::ACPI_PM_TIMER_PORT, PM_TIMER_SIZE, shared(PmTimer::new())),
+    ];
+    for (port, len, device) in ports {
+        pio.insert(port.into(), len, device)?;
+    }
+    Ok(())
+}
+
 impl Chipset {
     /// Builds the devices of `machine` with `memory` bytes of RAM.
     ///
@@ -141,73 +170,31 @@ impl Chipset {
     ) -> Result<Self, ChipsetError> {
         let buses = Arc::new(Buses::default());
         let (pio, mmio) = (&buses.pio, &buses.mmio);
-        let ends = ends(exit);
-        let below = memory.min(layout::MEM_32BIT_RESERVED_START);
-        let ports: [(u16, u64, SharedBusDevice); 5] = [
-            (
-                layout::CMOS_PORT,
-                CMOS_SIZE,
-                shared(Cmos::new(below, memory - below, Arc::clone(&ends))),
-            ),
-            (layout::DEBUG_PORT, 1, shared(DebugPort)),
-            (layout::I8042_PORT, I8042_SIZE, shared(I8042::new(Arc::clone(&ends)))),
-            (
-                layout::ACPI_SHUTDOWN_PORT,
-                ACPI_POWER_SIZE,
-                shared(AcpiPower::new(ends)),
-            ),
-            (layout::ACPI_PM_TIMER_PORT, PM_TIMER_SIZE, shared(PmTimer::new())),
-        ];
-        for (port, len, device) in ports {
-            pio.insert(port.into(), len, device)?;
-        }
+        fixed_ports(pio, memory, exit)?;
         let segments = pci(machine, &buses)?;
         let vm = Arc::clone(kvm.vm());
         let send = Box::new(move |message| KvmHypervisor::send_msi(&vm, &message));
-        let ioapic = Arc::new(Mutex::new(IoApic::new(send)));
-        mmio.insert(
-            layout::IOAPIC_START,
-            layout::IOAPIC_SIZE,
-            Arc::clone(&ioapic) as SharedBusDevice,
-        )?;
+        let ioapic = place(mmio, layout::IOAPIC_START, layout::IOAPIC_SIZE, IoApic::new(send))?;
         let line = |irq: u32| IoApic::line(&ioapic, usize::try_from(irq).unwrap_or(usize::MAX));
         let area = machine.device_area();
-        let ged = Arc::new(Mutex::new(Ged::new(line(layout::GED_IRQ))));
-        mmio.insert(area.ged, layout::GED_SIZE, Arc::clone(&ged) as SharedBusDevice)?;
+        let ged = place(mmio, area.ged, layout::GED_SIZE, Ged::new(line(layout::GED_IRQ)))?;
         let hotplug: Arc<dyn HotplugSink> = Arc::new(Asks(Arc::clone(exit)));
         let count = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         let cpus = CpuHotplug::new(count(machine.vcpus), count(machine.max_vcpus), Arc::clone(&hotplug));
-        let cpu_hotplug = Arc::new(Mutex::new(cpus));
-        mmio.insert(
-            area.cpu_hotplug,
-            CPU_HOTPLUG_SIZE,
-            Arc::clone(&cpu_hotplug) as SharedBusDevice,
-        )?;
-        let memory_hotplug = (machine.memory_slots > 0).then(|| {
-            let controller = MemoryHotplug::new(machine.memory_slots, Arc::clone(&hotplug));
-            Arc::new(Mutex::new(controller))
+        let cpu_hotplug = place(mmio, area.cpu_hotplug, CPU_HOTPLUG_SIZE, cpus)?;
+        let slots = Some(machine.memory_slots).filter(|slots| *slots > 0);
+        let memory_hotplug = slots.map(|slots| {
+            let controller = MemoryHotplug::new(slots, Arc::clone(&hotplug));
+            place(mmio, area.memory_hotplug, MEMORY_HOTPLUG_SIZE, controller)
         });
-        if let Some(controller) = &memory_hotplug {
-            let device = Arc::clone(controller) as SharedBusDevice;
-            mmio.insert(area.memory_hotplug, MEMORY_HOTPLUG_SIZE, device)?;
-        }
-        let pci_hotplug = Arc::new(Mutex::new(PciHotplug::new(machine.segments, hotplug)));
-        mmio.insert(
-            area.pci_hotplug,
-            PCI_HOTPLUG_SIZE,
-            Arc::clone(&pci_hotplug) as SharedBusDevice,
-        )?;
-        let serial = consoles
-            .serial
-            .as_ref()
-            .map(|host| Arc::new(Mutex::new(Serial::new(line(layout::SERIAL_IRQ), Arc::clone(host)))));
-        if let Some(serial) = &serial {
-            pio.insert(
-                layout::SERIAL_PORT.into(),
-                SERIAL_SIZE,
-                Arc::clone(serial) as SharedBusDevice,
-            )?;
-        }
+        let memory_hotplug = memory_hotplug.transpose()?;
+        let slots = PciHotplug::new(machine.segments, hotplug);
+        let pci_hotplug = place(mmio, area.pci_hotplug, PCI_HOTPLUG_SIZE, slots)?;
+        let serial = consoles.serial.as_ref().map(|host| {
+            let device = Serial::new(line(layout::SERIAL_IRQ), Arc::clone(host));
+            place(pio, layout::SERIAL_PORT.into(), SERIAL_SIZE, device)
+        });
+        let serial = serial.transpose()?;
         if let Some((port, host)) = &consoles.debug {
             let (port, device) = (*port, shared(DebugConsole::new(Arc::clone(host))));
             pio.insert(port.into(), DEBUG_CONSOLE_SIZE, device)

@@ -1,3 +1,5 @@
+//! Digests against vectors that others computed, and the digest's own properties.
+
 use super::*;
 use crate::testing::{hex, synthetic_page, synthetic_plan, synthetic_state};
 use podvisor_firmware::plan::{Step, VpContext};

@@ -79,6 +79,19 @@ pub(super) fn program(calls: &Calls, refuse: u32) -> Vec<sock_filter> {
     program
 }
 
+/// A program on top of one that allows `calls`, in order, and no others: of those it allows the ones that come with true.
+/// What lies between two calls is refused below it and may be anything here, which keeps this one short.
+pub(super) fn narrower(calls: impl Iterator<Item = (u32, bool)>, refuse: u32) -> Vec<sock_filter> {
+    let mut segments: Vec<(u32, Decision<'_>)> = vec![(0, Decision::Allow)];
+    for (number, allowed) in calls {
+        let decision = if allowed { Decision::Allow } else { Decision::Refuse };
+        begin(&mut segments, number, decision);
+    }
+    let mut program = vec![load(NUMBER_AT)];
+    program.extend(tree(&segments, refuse));
+    program
+}
+
 /// Has `decision` begin at `number`, after all that is there; equal neighbours are one.
 fn begin<'c>(segments: &mut Vec<(u32, Decision<'c>)>, number: u32, decision: Decision<'c>) {
     segments.pop_if(|last| last.0 == number);
@@ -199,6 +212,19 @@ mod tests {
             prop_assert_eq!(run(&program, ARCH, number, arguments).0, want);
             prop_assert_eq!(run(&program, 0x4000_0003, number, arguments).0, REFUSE);
             prop_assert_eq!(run(&program, ARCH, number | 0x4000_0000, arguments).0, REFUSE);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn of_what_is_allowed_below_only_the_listed_is_allowed(
+            calls in prop::collection::btree_map(0u32..460, any::<bool>(), 0..230),
+        ) {
+            let program = narrower(calls.iter().map(|(call, allowed)| (*call, *allowed)), REFUSE);
+            for (call, allowed) in calls {
+                let want = if allowed { libc::SECCOMP_RET_ALLOW } else { REFUSE };
+                prop_assert_eq!(run(&program, ARCH, call, [0; 6]).0, want);
+            }
         }
     }
 

@@ -316,7 +316,7 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Completions need not signal the event for now: [`Engine::next_done`] is being called anyway.
+    /// Completions need not signal the event until it is unmuted: [`Engine::next_done`] is being called anyway.
     pub(super) fn mute(&mut self) {
         if let Backend::Ring(ring) = &mut self.backend {
             ring.completion().disable_eventfd();
