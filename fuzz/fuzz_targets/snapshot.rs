@@ -45,7 +45,7 @@ fn device(kind: u8) -> Box<dyn VirtioDevice> {
         1 => {
             let output = HostOutput::Writer(Box::new(io::sink()));
             let host = HostConsole::shared(HostSide::Streams { output, input: None });
-            Box::new(Console::new(host.unwrap(), None).unwrap())
+            Box::new(Console::new(host.unwrap()).unwrap())
         }
         2 => {
             let options = NetOptions {
