@@ -6,7 +6,7 @@ use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserBlkOptions};
 
 use super::limits::limiter;
-use super::{Addition, Kind, Means, RegistryError, Wanted, failed, image, last};
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, image, last, retain};
 use crate::sandbox::landlock::Grant;
 
 /// The kind.
@@ -20,12 +20,7 @@ pub(super) const KIND: Kind = Kind {
         let image = |disk: &DiskConfig| Some(Grant::unless(disk.readonly, disk.path.clone()?));
         disks.filter_map(image).collect()
     },
-    take_out: |config, id| {
-        config
-            .disks
-            .iter_mut()
-            .for_each(|list| list.retain(|d| d.id.as_deref() != Some(id)));
-    },
+    take_out: |config, id| retain(&mut config.disks, |d| d.id.as_deref() != Some(id)),
 };
 
 impl Addition for DiskConfig {

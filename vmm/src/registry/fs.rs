@@ -5,7 +5,7 @@ use podvisor_devices::virtio::device::VirtioDevice;
 use podvisor_devices::virtio::fs::{self, Fs, FsOptions};
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserFsOptions};
 
-use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last, retain};
 use crate::sandbox::landlock::Grant;
 
 /// The kind.
@@ -18,12 +18,7 @@ pub(super) const KIND: Kind = Kind {
         let directory = |fs: &FsConfig| Some(Grant::unless(fs.readonly, fs.shared_dir.clone()?));
         config.fs().iter().filter_map(directory).collect()
     },
-    take_out: |config, id| {
-        config
-            .fs
-            .iter_mut()
-            .for_each(|list| list.retain(|d| d.id.as_deref() != Some(id)));
-    },
+    take_out: |config, id| retain(&mut config.fs, |d| d.id.as_deref() != Some(id)),
 };
 
 impl Addition for FsConfig {

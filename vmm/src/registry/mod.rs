@@ -160,6 +160,11 @@ fn last<T>(list: &[T]) -> Result<&T, RegistryError> {
         .ok_or_else(|| failed("the new device", "it is not in the configuration"))
 }
 
+/// Leaves of a section what is to be kept.
+fn retain<T>(section: &mut Option<Vec<T>>, keep: impl Fn(&T) -> bool) {
+    section.iter_mut().for_each(|list| list.retain(&keep));
+}
+
 /// Takes the device named `id` out of `config`; whether it was there.
 pub fn take_out(config: &mut VmConfig, id: &str) -> bool {
     let count = |config: &mut VmConfig| KINDS.iter().map(|kind| (kind.ids)(config).len()).sum::<usize>();

@@ -11,7 +11,7 @@ use podvisor_devices::virtio::net::{self, HostInterface, Net, NetOptions};
 use podvisor_devices::virtio::vhost_user::{self, VhostUser, VhostUserNetOptions};
 
 use super::limits::limiter;
-use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last, retain};
 
 /// The kind.
 pub(super) const KIND: Kind = Kind {
@@ -20,12 +20,7 @@ pub(super) const KIND: Kind = Kind {
     ids: |config| config.net.iter_mut().flatten().map(|d| &mut d.id).collect(),
     syscalls: &[net::SYSCALLS, vhost_user::SYSCALLS],
     files: |_| Vec::new(),
-    take_out: |config, id| {
-        config
-            .net
-            .iter_mut()
-            .for_each(|list| list.retain(|d| d.id.as_deref() != Some(id)));
-    },
+    take_out: |config, id| retain(&mut config.net, |d| d.id.as_deref() != Some(id)),
 };
 
 /// A network device that is added, with the descriptors of its TAP queues, if they came with the request.

@@ -3,7 +3,7 @@
 use podvisor_api::types::{Isolation, PmemConfig, VmConfig};
 use podvisor_devices::virtio::pmem::{self, Pmem, PmemOptions};
 
-use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last};
+use super::{Addition, Kind, Means, RegistryError, Wanted, failed, last, retain};
 use crate::sandbox::landlock::Grant;
 
 /// The kind.
@@ -16,12 +16,7 @@ pub(super) const KIND: Kind = Kind {
         let file = |pmem: &PmemConfig| Grant::unless(pmem.discard_writes, &pmem.file);
         config.pmem().iter().map(file).collect()
     },
-    take_out: |config, id| {
-        config
-            .pmem
-            .iter_mut()
-            .for_each(|list| list.retain(|d| d.id.as_deref() != Some(id)));
-    },
+    take_out: |config, id| retain(&mut config.pmem, |d| d.id.as_deref() != Some(id)),
 };
 
 impl Addition for PmemConfig {

@@ -230,32 +230,50 @@ const VCPU: &[i64] = &[
 ];
 
 /// Those that are allowed to every thread with some arguments only.
-const LIMITED: &[i64] = &[
-    libc::SYS_mmap,
-    libc::SYS_mprotect,
-    libc::SYS_tgkill,
-    libc::SYS_prctl,
-    libc::SYS_ioctl,
-];
+fn limited() -> [(i64, Vec<Condition>); 5] {
+    let not_executable = vec![masked(2, libc::PROT_EXEC.unsigned_abs(), 0)];
+    // vCPU threads are kicked, and a panic ends its own process.
+    let own = vec![is(0, std::process::id())];
+    let options = [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS];
+    [
+        (libc::SYS_mmap, not_executable.clone()),
+        (libc::SYS_mprotect, not_executable),
+        (libc::SYS_tgkill, own),
+        (libc::SYS_prctl, options.map(|o| is(0, o.unsigned_abs())).to_vec()),
+        (libc::SYS_ioctl, IOCTLS.to_vec()),
+    ]
+}
 
+/// What the control thread may call.
 fn control_calls() -> Calls {
     let devices: Vec<i64> = registry::syscalls().collect();
-    // To the owners of local sockets, and to ask the kernel for the settings of a network interface.
-    // Interfaces are asked and set up through sockets of their addresses' families.
+    // Network interfaces are asked and set up through sockets of their addresses' families.
     let domains = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(|domain| is(0, domain.unsigned_abs()));
-    calls(&[THREAD, CONTROL, BETWEEN, &devices], &[(libc::SYS_socket, &domains)])
+    let number = |call: i64| u32::try_from(call).unwrap_or(u32::MAX);
+    let limited = limited().into_iter().chain([(libc::SYS_socket, domains.to_vec())]);
+    let mut calls: Calls = limited.map(|(call, only)| (number(call), only)).collect();
+    let lists = [THREAD, CONTROL, BETWEEN, &devices];
+    let mut always: Vec<u32> = lists.into_iter().flatten().map(|call| number(*call)).collect();
+    always.sort_unstable();
+    always.dedup();
+    // A device that lists one of the limited ones too does not widen it.
+    always.retain(|call| !calls.iter().any(|(limited, _)| limited == call));
+    calls.extend(always.into_iter().map(|call| (call, Vec::new())));
+    calls.sort_unstable_by_key(|(call, _)| *call);
+    calls
 }
 
 /// The program for vCPU threads. It stands on top of the control thread's, so that only what that one allows is decided.
 fn vcpu_program(refuse: u32) -> Vec<sock_filter> {
     let in_one = |lists: &[&[i64]], call: u32| lists.iter().any(|list| list.contains(&i64::from(call)));
+    let limited = limited().map(|(call, _)| call);
     let calls = control_calls();
     let decided = calls
         .iter()
         .map(|(call, _)| *call)
         .filter(|call| !in_one(&[BETWEEN], *call));
     bpf::narrower(
-        decided.map(|call| (call, in_one(&[THREAD, VCPU, LIMITED], call))),
+        decided.map(|call| (call, in_one(&[THREAD, VCPU, &limited], call))),
         refuse,
     )
 }
@@ -268,32 +286,6 @@ const fn is(argument: u8, value: u32) -> Condition {
 /// Some of its bits.
 const fn masked(argument: u8, mask: u32, value: u32) -> Condition {
     Condition { argument, mask, value }
-}
-
-/// The calls of `lists` always, and those of `limited` and of every thread with some arguments only.
-fn calls(lists: &[&[i64]], limited: &[(i64, &[Condition])]) -> Calls {
-    let not_executable = [masked(2, libc::PROT_EXEC.unsigned_abs(), 0)];
-    // vCPU threads are kicked, and a panic ends its own process.
-    let own = [is(0, std::process::id())];
-    let options = [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS].map(|o| is(0, o.unsigned_abs()));
-    let everywhere: [(i64, &[Condition]); 5] = [
-        (libc::SYS_mmap, &not_executable),
-        (libc::SYS_mprotect, &not_executable),
-        (libc::SYS_tgkill, &own),
-        (libc::SYS_prctl, &options),
-        (libc::SYS_ioctl, IOCTLS),
-    ];
-    let number = |call: i64| u32::try_from(call).unwrap_or(u32::MAX);
-    let limited = everywhere.iter().chain(limited);
-    let mut calls: Calls = limited.map(|(call, only)| (number(*call), only.to_vec())).collect();
-    let mut always: Vec<u32> = lists.iter().copied().flatten().map(|call| number(*call)).collect();
-    always.sort_unstable();
-    always.dedup();
-    // A device that lists one of the limited ones too does not widen it.
-    always.retain(|call| !calls.iter().any(|(limited, _)| limited == call));
-    calls.extend(always.into_iter().map(|call| (call, Vec::new())));
-    calls.sort_unstable_by_key(|(call, _)| *call);
-    calls
 }
 
 /// The requests of `ioctl(2)`: KVM's first, since each entry into the guest is one; of the rest, by the type byte (Linux
