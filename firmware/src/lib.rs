@@ -13,4 +13,5 @@ pub mod machine;
 pub mod memory_map;
 pub mod parameters;
 pub mod plan;
+pub mod stage0;
 pub mod vmsa;
