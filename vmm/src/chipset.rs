@@ -116,8 +116,8 @@ pub struct Chipset {
     pub segments: Vec<Arc<PciRoot>>,
     ged: Arc<Mutex<Ged>>,
     cpu_hotplug: Arc<Mutex<CpuHotplug>>,
-    /// None: no memory comes through it.
-    memory_hotplug: Option<Arc<Mutex<MemoryHotplug>>>,
+    /// Always there, for the tables in an IGVM image may name it: without slots it says that nothing is plugged.
+    memory_hotplug: Arc<Mutex<MemoryHotplug>>,
     pci_hotplug: Arc<Mutex<PciHotplug>>,
     serial: Option<Arc<Mutex<Serial>>>,
     debug: Option<SharedHostConsole>,
@@ -182,12 +182,8 @@ impl Chipset {
         let count = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         let cpus = CpuHotplug::new(count(machine.vcpus), count(machine.max_vcpus), Arc::clone(&hotplug));
         let cpu_hotplug = place(mmio, area.cpu_hotplug, CPU_HOTPLUG_SIZE, cpus)?;
-        let slots = Some(machine.memory_slots).filter(|slots| *slots > 0);
-        let memory_hotplug = slots.map(|slots| {
-            let controller = MemoryHotplug::new(slots, Arc::clone(&hotplug));
-            place(mmio, area.memory_hotplug, MEMORY_HOTPLUG_SIZE, controller)
-        });
-        let memory_hotplug = memory_hotplug.transpose()?;
+        let slots = MemoryHotplug::new(machine.memory_slots, Arc::clone(&hotplug));
+        let memory_hotplug = place(mmio, area.memory_hotplug, MEMORY_HOTPLUG_SIZE, slots)?;
         let slots = PciHotplug::new(machine.segments, hotplug);
         let pci_hotplug = place(mmio, area.pci_hotplug, PCI_HOTPLUG_SIZE, slots)?;
         let serial = consoles.serial.as_ref().map(|host| {
@@ -290,11 +286,7 @@ impl Chipset {
     /// # Errors
     /// When there is no slot for it.
     pub fn memory_plugged(&self, start: u64, len: u64) -> Result<(), MemoryHotplugError> {
-        let controller = self
-            .memory_hotplug
-            .as_ref()
-            .ok_or(MemoryHotplugError::Full { slots: 0 })?;
-        let mut controller = controller.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut controller = self.memory_hotplug.lock().unwrap_or_else(PoisonError::into_inner);
         controller.add(start, len)?;
         drop(controller);
         if let Err(error) = self.notify(GedEvent::Memory) {

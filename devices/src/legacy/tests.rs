@@ -273,3 +273,16 @@ fn the_debug_port_swallows() {
     p.read(0, &mut d);
     assert_eq!(d, [0xFF]);
 }
+
+#[test]
+fn a_memory_controller_without_slots_has_nothing() {
+    let mut h = MemoryHotplug::new(0, Arc::new(Ejected::default()));
+    h.write(0, &7u32.to_le_bytes());
+    h.write(20, &[0xFF]);
+    for offset in (0..memory_hotplug::MEMORY_HOTPLUG_SIZE).step_by(4) {
+        let mut word = [0xFF; 4];
+        h.read(offset, &mut word);
+        assert_eq!(word, [0; 4], "register {offset}");
+    }
+    assert!(h.add(0x1_0000_0000, 128 << 20).is_err());
+}

@@ -13,7 +13,7 @@ use acpi_tables::{Aml, AmlSink};
 use super::AcpiMachine;
 use super::memory::memory_hotplug;
 use super::tables::{local_x2apic, table};
-use crate::layout;
+use crate::layout::{self, DeviceArea};
 
 /// AML that is already bytes.
 #[derive(Default)]
@@ -49,16 +49,16 @@ pub(super) fn field(region: &str, access: FieldAccessType, update: FieldUpdateRu
     Field::new(path(region), access, FieldLockRule::NoLock, update, entries)
 }
 
-/// The whole table.
-pub(super) fn dsdt(machine: &AcpiMachine) -> Vec<u8> {
+/// The whole table, of a machine whose devices are in `area`.
+pub(super) fn dsdt(machine: &AcpiMachine, area: &DeviceArea) -> Vec<u8> {
     let mut aml = Raw::default();
     for segment in 0..machine.segments {
-        host_bridge(&mut aml, machine, segment);
+        host_bridge(&mut aml, machine, area, segment);
     }
-    pci_hotplug(&mut aml, machine);
-    cpu_hotplug(&mut aml, machine);
-    memory_hotplug(&mut aml, machine);
-    events(&mut aml, machine);
+    pci_hotplug(&mut aml, machine, area.pci_hotplug);
+    cpu_hotplug(&mut aml, machine, area.cpu_hotplug);
+    memory_hotplug(&mut aml, machine, area.memory_hotplug);
+    events(&mut aml, machine, area.ged);
     mainboard(&mut aml);
     if machine.serial {
         serial(&mut aml);
@@ -75,8 +75,8 @@ fn bridge_name(segment: u16) -> String {
     format!("PC{segment:02X}")
 }
 
-fn host_bridge(aml: &mut Raw, machine: &AcpiMachine, segment: u16) {
-    let [low, high] = machine.windows(segment);
+fn host_bridge(aml: &mut Raw, machine: &AcpiMachine, area: &DeviceArea, segment: u16) {
+    let [low, high] = machine.windows_in(area, segment);
     let low_word = |address: u64| u32::try_from(address).unwrap_or(u32::MAX);
     let low = AddressSpace::new_memory(
         AddressSpaceCacheable::NotCacheable,
@@ -168,8 +168,7 @@ fn slots() -> (Raw, Raw) {
     (slots, notify)
 }
 
-fn pci_hotplug(aml: &mut Raw, machine: &AcpiMachine) {
-    let start = machine.device_area().pci_hotplug;
+fn pci_hotplug(aml: &mut Raw, machine: &AcpiMachine, start: u64) {
     let mut scan = Raw::default();
     for segment in 0..machine.segments {
         scan.push(&MethodCall::new(
@@ -215,8 +214,7 @@ fn pci_hotplug(aml: &mut Raw, machine: &AcpiMachine) {
     ));
 }
 
-fn cpu_hotplug(aml: &mut Raw, machine: &AcpiMachine) {
-    let start = machine.device_area().cpu_hotplug;
+fn cpu_hotplug(aml: &mut Raw, machine: &AcpiMachine, start: u64) {
     let bit = |register| FieldEntry::Named(register, 1);
     let flags = vec![
         FieldEntry::Reserved(32),
@@ -361,8 +359,7 @@ fn cpu_methods(aml: &mut Raw, max_vcpus: u32) {
 }
 
 /// The event byte (bit 0 CPU, 1 memory, 2 PCI, 3 power button) and the device whose interrupt says to look at it.
-fn events(aml: &mut Raw, machine: &AcpiMachine) {
-    let start = machine.device_area().ged;
+fn events(aml: &mut Raw, machine: &AcpiMachine, start: u64) {
     let on = |bit: u8, action: &dyn Aml| {
         let mut raw = Raw::default();
         let masked = And::new(&Local(1), &Local(0), &bit);

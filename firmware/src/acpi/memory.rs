@@ -18,12 +18,11 @@ const DEVICE_CHECK: u8 = 1;
 /// What it says of one that should go (ejection request).
 const EJECT_REQUEST: u8 = 3;
 
-/// The controller with `machine.memory_slots` devices; nothing when there are none.
-pub(super) fn memory_hotplug(aml: &mut Raw, machine: &AcpiMachine) {
+/// The controller at `start` with `machine.memory_slots` devices; nothing when there are none.
+pub(super) fn memory_hotplug(aml: &mut Raw, machine: &AcpiMachine, start: u64) {
     if machine.memory_slots == 0 {
         return;
     }
-    let start = machine.device_area().memory_hotplug;
     let word = |register| FieldEntry::Named(register, 32);
     let bit = |register| FieldEntry::Named(register, 1);
     let range = [*b"MHBL", *b"MHBH", *b"MHLL", *b"MHLH"].map(word).to_vec();

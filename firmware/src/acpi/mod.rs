@@ -1,6 +1,7 @@
 //! The ACPI tables of a pod, laid out from the RSDP on. Hardware-reduced ACPI as Cloud Hypervisor describes its
 //! machine, because images exist that rely on it; the AML is in `dsdt` and `memory`, the other tables are in `tables`.
 
+pub mod baked;
 mod dsdt;
 mod memory;
 pub mod tables;
@@ -19,8 +20,8 @@ pub struct AcpiMachine {
     pub max_vcpus: u32,
     /// PCI segments, 1 to 96: as many as Cloud Hypervisor has.
     pub segments: u16,
-    /// Memory devices that can be plugged, at most [`layout::MEMORY_SLOTS`]; 0 for a pod without memory hotplug, which
-    /// has no controller for it.
+    /// Memory devices that can be plugged, at most [`layout::MEMORY_SLOTS`]; 0 for a pod without memory hotplug, whose
+    /// tables name no controller for it.
     pub memory_slots: u8,
     /// Width of the guest's physical addresses.
     pub phys_bits: u8,
@@ -38,6 +39,10 @@ impl AcpiMachine {
     /// The two MMIO windows of a PCI segment, below and above 4 GiB. Segments share the lower one evenly.
     #[must_use]
     pub fn windows(&self, segment: u16) -> [GpaRange; 2] {
+        self.windows_in(&self.device_area(), segment)
+    }
+
+    fn windows_in(&self, area: &DeviceArea, segment: u16) -> [GpaRange; 2] {
         let segments = u64::from(self.segments.max(1));
         let segment = u64::from(segment);
         // Whole pages, so that any BAR size below can be aligned.
@@ -48,7 +53,7 @@ impl AcpiMachine {
                 len: low,
             },
             GpaRange {
-                start: self.device_area().mmio_start + segment * layout::MEM_64BIT_SEGMENT_SIZE,
+                start: area.mmio_start + segment * layout::MEM_64BIT_SEGMENT_SIZE,
                 len: layout::MEM_64BIT_SEGMENT_SIZE,
             },
         ]
@@ -63,6 +68,34 @@ impl AcpiMachine {
             start,
             len: area.mmio_end.saturating_sub(start),
         }
+    }
+
+    /// Whether tables can describe it.
+    fn check(&self) -> Result<(), AcpiError> {
+        let &Self {
+            vcpus,
+            max_vcpus,
+            segments,
+            phys_bits,
+            ..
+        } = self;
+        if vcpus == 0 || vcpus > max_vcpus || max_vcpus > 4096 {
+            return Err(AcpiError::Vcpus { vcpus, max_vcpus });
+        }
+        let max = self.device_area().max_segments().min(96);
+        if segments == 0 || u64::from(segments) > max {
+            return Err(AcpiError::Segments {
+                segments,
+                max,
+                phys_bits,
+            });
+        }
+        if self.memory_slots > layout::MEMORY_SLOTS {
+            return Err(AcpiError::MemorySlots {
+                slots: self.memory_slots,
+            });
+        }
+        Ok(())
     }
 }
 
@@ -120,29 +153,7 @@ impl AcpiTables {
     /// # Errors
     /// [`AcpiError`].
     pub fn build(machine: &AcpiMachine) -> Result<Self, AcpiError> {
-        let &AcpiMachine {
-            vcpus,
-            max_vcpus,
-            segments,
-            phys_bits,
-            ..
-        } = machine;
-        if vcpus == 0 || vcpus > max_vcpus || max_vcpus > 4096 {
-            return Err(AcpiError::Vcpus { vcpus, max_vcpus });
-        }
-        let max = machine.device_area().max_segments().min(96);
-        if segments == 0 || u64::from(segments) > max {
-            return Err(AcpiError::Segments {
-                segments,
-                max,
-                phys_bits,
-            });
-        }
-        if machine.memory_slots > layout::MEMORY_SLOTS {
-            return Err(AcpiError::MemorySlots {
-                slots: machine.memory_slots,
-            });
-        }
+        machine.check()?;
         let gpa = layout::ACPI_START;
         // The RSDP comes first and is written last; tables start 16-aligned.
         let mut bytes = vec![0; tables::RSDP_LEN.next_multiple_of(16)];
@@ -152,11 +163,11 @@ impl AcpiTables {
             bytes.resize(bytes.len().next_multiple_of(16), 0);
             at
         };
-        let dsdt_at = append(&dsdt::dsdt(machine));
+        let dsdt_at = append(&dsdt::dsdt(machine, &machine.device_area()));
         let listed = [
             append(&tables::fadt(dsdt_at)),
-            append(&tables::madt(vcpus, max_vcpus)),
-            append(&tables::mcfg(segments)),
+            append(&tables::madt(machine.vcpus, machine.max_vcpus)),
+            append(&tables::mcfg(machine.segments)),
         ];
         let xsdt_at = append(&tables::xsdt(&listed));
         let rsdp = tables::rsdp(xsdt_at);
