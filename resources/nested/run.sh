@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Boots unmodified Debian Linux as a pod of podvisor, inside one Linux under software emulation of AMD virtualisation: real
 # drivers, real ACPI, nested page tables, on any machine, with no /dev/kvm. docs/nested-rig.md tells more.
-#   bash resources/nested/run.sh [--podvisor PATH] [--host-kernel 6.1|6.12] [--pod-kernel 6.1|6.12] [-v] [--list] [CASE...]
-# Cases are the directories under cases/ (default: all), run in one boot of the host. As they end it prints
+#   bash resources/nested/run.sh [--podvisor PATH] [--host-kernel 6.1|6.12|DIR] [--pod-kernel 6.1|6.12] [--cases DIR] [-v] [--list] [CASE...]
+# Cases are the directories under cases/, or under each --cases DIR instead (default: all), run in one boot of the host. As
+# they end it prints
 #   CASE name ok (N s)     or     CASE name FAILED: why, and what the pod and podvisor said (with -v always)
 # Exit code: 0 all are ok, 1 one is not, 2 wrong usage or the rig itself did not work.
 set -euo pipefail
@@ -12,43 +13,57 @@ here=$(cd "$(dirname "$0")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 
 usage() { sed -n 's/^#   bash //p' "$here/run.sh" >&2; exit 2; }
+wrong() { echo "$*" >&2; exit 2; }
 target=${CARGO_TARGET_DIR:-$here/../../target}
-podvisor=$target/release/podvisor host_kernel=6.12 pod_kernel=6.1 verbose=
-all=$(cd "$here/cases" && ls)
+podvisor=$target/release/podvisor host_kernel=6.12 pod_kernel=6.1 verbose='' list='' folders=()
 while [[ "${1:-}" = -* ]]; do
     case $1 in
         --podvisor) podvisor=${2:?--podvisor needs a path}; shift 2 ;;
-        --host-kernel) host_kernel=${2:?--host-kernel needs a version}; shift 2 ;;
+        --host-kernel) host_kernel=${2:?--host-kernel needs a version or a directory}; shift 2 ;;
         --pod-kernel) pod_kernel=${2:?--pod-kernel needs a version}; shift 2 ;;
+        --cases) folders+=("${2:?--cases needs a directory}"); shift 2 ;;
         -v) verbose=1; shift ;;
-        --list) echo "$all"; exit ;;
+        --list) list=1; shift ;;
         *) usage ;;
     esac
 done
-cases=${*:-$all}
-for name in $cases; do
-    [ -f "$here/cases/$name/host" ] || { echo "no case $name; there are: $(echo $all)" >&2; exit 2; }
+[ ${#folders[@]} -gt 0 ] || folders=("$here/cases")
+# Where each case is, by its name.
+declare -A at=()
+for folder in "${folders[@]}"; do
+    for script in "$folder"/*/host; do
+        [ -f "$script" ] || wrong "no cases in $folder: there is no NAME/host"
+        name=$(basename "$(dirname "$script")")
+        [ -z "${at[$name]:-}" ] || wrong "two cases have the name $name: ${at[$name]} and $(dirname "$script")"
+        at[$name]=$(dirname "$script")
+    done
 done
-[ -x "$podvisor" ] || { echo "no podvisor at $podvisor: build it, or give --podvisor PATH" >&2; exit 2; }
+all=$(printf '%s\n' "${!at[@]}" | sort)
+[ -z "$list" ] || { echo "$all"; exit; }
+cases=${*:-$all}
+for name in $cases; do [ -n "${at[$name]:-}" ] || wrong "no case $name; there are: $(echo $all)"; done
+[ -x "$podvisor" ] || wrong "no podvisor at $podvisor: build it, or give --podvisor PATH"
 need_nested
 kernel "$host_kernel"; host=$kernel_dir
 kernel "$pod_kernel"; pod=$kernel_dir
 
 work=$(mktemp -d)
 qemu=
-trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null || true; rm -rf "$work"' EXIT
+cleanup() {
+    if [ -n "$qemu" ]; then kill "$qemu" 2>/dev/null && wait "$qemu" || true; fi
+    rm -rf "$work"
+}
+trap cleanup EXIT
+trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
 
 cc -O2 -static -o "$work/duct" "$here/duct.c"
 pod_items=(--kernel "$pod" "file=/bin/busybox:/bin/busybox" "file=/bin/duct:$work/duct" "file=/init:$here/l2/init"
     dir=/dev dir=/proc dir=/sys dir=/tmp)
 for module in virtio_pci virtio_blk virtio-rng virtio_console virtiofs vmw_vsock_virtio_transport virtio_net virtio_balloon virtio_mem \
     virtio_pmem nd_pmem pvpanic-pci ptp_kvm button evdev; do pod_items+=("module=$module"); done
-for name in $all; do [ ! -f "$here/cases/$name/pod" ] || pod_items+=("file=/cases/$name:$here/cases/$name/pod"); done
-python3 "$here/initramfs.py" "$work/pod" "${pod_items[@]}"
-
 echo "$cases" >"$work/run-these"
 host_items=(--kernel "$host" "file=/bin/busybox:/bin/busybox" "file=/bin/duct:$work/duct" "file=/init:$here/l1/init"
-    "file=/lib.sh:$here/l1/lib.sh" "tree=/cases:$here/cases" "file=/run-these:$work/run-these"
+    "file=/lib.sh:$here/l1/lib.sh" "file=/run-these:$work/run-these"
     "file=/pod/vmlinux:$pod/vmlinux" "file=/pod/initramfs:$work/pod" "program=/bin/podvisor:$podvisor"
     "program=/bin/mkfs.ext4:$(command -v mkfs.ext4)" "program=/bin/e2fsck:$(command -v e2fsck)"
     dir=/dev dir=/proc dir=/sys dir=/tmp module=kvm_amd module=tun)
@@ -59,6 +74,13 @@ elif [ -x /usr/lib/qemu/virtiofsd ]; then
     host_items+=("program=/bin/virtiofsd:/usr/lib/qemu/virtiofsd" "file=/etc/virtiofsd-of-qemu:$work/of-qemu")
 fi
 if [ -n "$verbose" ]; then touch "$work/verbose"; host_items+=("file=/verbose:$work/verbose"); fi
+for name in $cases; do
+    host_items+=("tree=/cases/$name:${at[$name]}")
+    [ ! -f "${at[$name]}/pod" ] || pod_items+=("file=/cases/$name:${at[$name]}/pod")
+done
+# What a directory of cases needs beside: its rig.sh adds to host_items and pod_items, and may use $work for what it makes.
+for folder in "${folders[@]}"; do if [ -f "$folder/rig.sh" ]; then . "$folder/rig.sh"; fi; done
+python3 "$here/initramfs.py" "$work/pod" "${pod_items[@]}"
 python3 "$here/initramfs.py" "$work/host" "${host_items[@]}"
 
 # Without cmpxchg16b: QEMU 7.2 loses the flags when a nested exit comes right after one, and newer kernels use it to allocate.
@@ -67,16 +89,21 @@ processor=max,+svm,-cx16
 # Its console goes to a file, its second serial port carries the results.
 seconds=120
 for name in $cases; do
-    limit=$(sed -n 's/^# limit: \([0-9]*\) s$/\1/p' "$here/cases/$name/host"); seconds=$((seconds + ${limit:-120}))
+    limit=$(sed -n 's/^# limit: \([0-9]*\) s$/\1/p' "${at[$name]}/host"); seconds=$((seconds + ${limit:-120}))
 done
-mkfifo "$work/results"
-timeout -k 5 "$seconds" qemu-system-x86_64 -accel tcg -cpu "$processor" -m 3G -display none -no-reboot -nodefaults -no-user-config \
+# Open at both ends from here on, so that nobody waits for a machine that does not start.
+mkfifo "$work/results"; exec 3<>"$work/results"
+sed -u 's/\r$//' <"$work/results" 3>&- | tee "$work/out" 3>&- & printer=$!
+# Should this script be killed outright, they go with it.
+setpriv --pdeathsig TERM timeout -k 5 "$seconds" setpriv --pdeathsig KILL \
+    qemu-system-x86_64 -accel tcg -cpu "$processor" -m 3G -display none -no-reboot -nodefaults -no-user-config \
     -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 tsc=reliable rdinit=/init" \
-    -serial "file:$work/console" -serial "file:$work/results" </dev/null >"$work/qemu" 2>&1 &
+    -serial "file:$work/console" -serial "file:$work/results" </dev/null 3>&- >"$work/qemu" 2>&1 &
 qemu=$!
-tr -d '\r' <"$work/results" | tee "$work/out" || true
 wait "$qemu" || true
 qemu=
+exec 3>&-
+wait "$printer" || true
 ok=$(grep -c '^CASE [^ ]* ok' "$work/out" || true)
 if ! grep -q '^RIG done' "$work/out"; then
     echo "-- the emulated machine did not come to its end; its console:"; grep -q . "$work/qemu" && cat "$work/qemu"; grep -v "^$" "$work/console" | tail -n 80; exit 2
