@@ -97,12 +97,16 @@ kernel() {
     [ -n "$name" ] || { echo "no package linux-image-cloud-amd64 in $suite (see $cache/apt/log)" >&2; return 1; }
     package_sha "$name" "$suite" || return
     kernel_dir=$cache/kernels/$package_sha
-    [ -e "$kernel_dir/complete" ] || { package "$name" "$suite" && alone unpack_kernel; }
+    kernel_is_there || { package "$name" "$suite" && alone unpack_kernel; }
 }
+# kernel_is_there: the directory is complete, and its two files are those that were put there
+kernel_is_there() { (cd "$kernel_dir" && sha256sum --check --status --strict complete) 2>/dev/null; }
 unpack_kernel() {
-    [ ! -e "$kernel_dir/complete" ] || return 0
-    rm -rf "$kernel_dir"; mkdir -p "$kernel_dir"
-    dpkg-deb -x "$package_file" "$kernel_dir" && python3 "$nested/vmlinux.py" "$kernel_dir"/boot/vmlinuz-* "$kernel_dir/vmlinux" || return 1
-    rm -rf "$kernel_dir/usr/share" "$package_file"
-    touch "$kernel_dir/complete"
+    ! kernel_is_there || return 0
+    local into; mkdir -p "$cache/kernels"; into=$(mktemp -d "$cache/kernels/unpack.XXXXXX")
+    dpkg-deb -x "$package_file" "$into" && python3 "$nested/vmlinux.py" "$into"/boot/vmlinuz-* "$into/vmlinux" &&
+        (cd "$into" && rm -rf usr && sha256sum boot/vmlinuz-* vmlinux >complete) || { rm -rf "$into"; return 1; }
+    [ ! -e "$kernel_dir" ] || mv "$kernel_dir" "$into/old"
+    mv "$into" "$kernel_dir"
+    rm -rf "$kernel_dir/old" "$package_file"
 }

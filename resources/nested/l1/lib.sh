@@ -1,14 +1,27 @@
 # What a case's host script has at hand. It runs in an empty directory; whatever it starts is killed when it ends.
 
 # start MORE_OPTIONS...: boots the case's pod in the background: $cpus vCPUs, serial port into ./serial, podvisor's own
-# words into ./log, API at ./api, standard input and output $keys and $screen.
-cpus=1 memory=256M serial=file=serial console=off keys=/dev/null screen=/dev/null more_cmdline=
+# words into ./log, API at ./api, standard input and output $keys and $screen. The kernel and its initramfs, which are at
+# /pod/, come into it in the way of $mode. $platform: what --platform has beside the isolation, which is the mode's.
+cpus=1 memory=256M serial=file=serial console=off keys=/dev/null screen=/dev/null more_cmdline= platform=
 start() {
     : >serial
-    podvisor -v --api-socket api --kernel /pod/vmlinux --initramfs /pod/initramfs --cpus boot=$cpus --memory size=$memory \
-        --cmdline "console=ttyS0 quiet panic=-1 case=$name $more_cmdline" --serial $serial --console $console \
-        "$@" <$keys >>$screen 2>log &
+    set -- --cpus boot=$cpus --memory size=$memory --serial $serial --console $console "$@"
+    cmdline="console=ttyS0 quiet panic=-1 case=$name $more_cmdline"
+    case $mode in
+        pvh) set -- --kernel /pod/vmlinux --initramfs /pod/initramfs --cmdline "$cmdline" "$@" ;;
+        bzimage) set -- --kernel /pod/vmlinuz --initramfs /pod/initramfs --cmdline "$cmdline" "$@" ;;
+        igvm) image native; set -- --igvm image "$@" ;;
+        igvm-snp) image snp; set -- --igvm image "$@"; platform=${platform:+$platform,}isolation=snp-emulated ;;
+    esac
+    [ -z "$platform" ] || set -- --platform $platform "$@"
+    podvisor -v --api-socket api "$@" <$keys >>$screen 2>log &
     monitor=$!
+}
+# image PLATFORM: the case's image, with its command line in it, as ./image
+image() {
+    podvisor igvm build --kernel /pod/vmlinuz --initrd /pod/initramfs --cmdline "$cmdline" --platform $1 --output image >build 2>&1 ||
+        fail "podvisor igvm build: $(cat build)"
 }
 fail() { echo "FAILED: $*"; exit 1; }
 # check WHAT COMMAND...: fails the case, naming WHAT, unless COMMAND succeeds
