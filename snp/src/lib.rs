@@ -11,9 +11,11 @@ mod fpu;
 pub mod guest_message;
 pub mod id_block;
 pub mod launch;
+pub mod private_memory;
 pub mod processor;
 pub mod report;
 pub mod rmp;
+mod scrub;
 #[cfg(test)]
 mod testing;
 pub mod vcpu_state;

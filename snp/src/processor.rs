@@ -131,8 +131,8 @@ pub trait Processor: Send + Sync {
     /// The guest's page-state change (`KVM_HC_MAP_GPA_RANGE`): `[gpa, gpa + len)` becomes private or shared.
     ///
     /// # Errors
-    /// EINVAL for a range that is not RAM.
-    fn page_state_change(&self, vm: &VmFd, gpa: u64, len: u64, private: bool) -> Result<(), ProcessorError>;
+    /// EINVAL for a range that is not RAM; as the host says.
+    fn page_state_change(&self, gpa: u64, len: u64, private: bool) -> Result<(), ProcessorError>;
     /// A guest's WRMSR that left the kernel (the GHCB protocol of the emulation).
     fn write_msr(&self, vcpu: u32, msr: u32, value: u64) -> MsrOutcome;
     /// A guest's RDMSR that left the kernel.

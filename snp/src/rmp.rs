@@ -180,44 +180,57 @@ impl PageStates {
     }
 
     /// Makes the RAM of `gfns` private or shared. A page that changes loses its validated state and its contents:
-    /// `changed` is called for each run of pages that changes (first frame, pages), while the run is private.
-    pub fn convert(&self, gfns: Range<u64>, private: bool, mut changed: impl FnMut(u64, u64)) {
+    /// `changed` is called for each run of pages that changes (first frame, pages), while the run counts as private.
+    ///
+    /// # Errors
+    /// What `changed` says. The pages of that run and of those behind it stay as they were, but for what they held; those
+    /// before it have changed.
+    pub fn convert<E>(
+        &self,
+        gfns: Range<u64>,
+        private: bool,
+        mut changed: impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut at = gfns.start;
+        while let Some(run) = self.next_run(at..gfns.end, !private) {
+            at = run.end;
+            for (region, part) in self.parts(run.clone()) {
+                region.validated.set(&part, false);
+                region.launched.set(&part, false);
+                // Scrubbed before devices may see it, and hidden from them before it is scrubbed.
+                region.private.set(&part, true);
+            }
+            let result = changed(run.start, run.end - run.start);
+            if private != result.is_ok() {
+                for (region, part) in self.parts(run) {
+                    region.private.set(&part, false);
+                }
+            }
+            result?;
+        }
+        Ok(())
+    }
+
+    /// The first run of RAM in `gfns` whose pages are all private, or all shared.
+    fn next_run(&self, gfns: Range<u64>, private: bool) -> Option<Range<u64>> {
         let mut run: Option<Range<u64>> = None;
         for (region, part) in self.parts(gfns) {
             for index in words(&part) {
                 let mask = mask(&part, index);
-                let now = region.private.load(index) & mask;
-                let change = if private { mask & !now } else { now };
-                if change == 0 {
-                    continue;
-                }
-                region.validated.put(index, change, false);
-                region.launched.put(index, change, false);
-                region.private.put(index, change, true);
-                for bits in runs(change) {
-                    let first = region.first_gfn + index * 64 + bits.start;
-                    let next = first..first + (bits.end - bits.start);
-                    run = match run.take() {
-                        Some(open) if open.end == next.start => Some(open.start..next.end),
-                        Some(open) => {
-                            changed(open.start, open.end - open.start);
-                            Some(next)
-                        }
-                        None => Some(next),
-                    };
-                }
-                if !private {
-                    // The run ends here, scrubbed before devices may see it.
-                    if let Some(open) = run.take() {
-                        changed(open.start, open.end - open.start);
+                let now = region.private.load(index);
+                let wanted = mask & if private { now } else { !now };
+                let first = region.first_gfn + index * 64;
+                for bits in runs(wanted) {
+                    let next = first + bits.start..first + bits.end;
+                    match &mut run {
+                        Some(open) if open.end == next.start => open.end = next.end,
+                        Some(_) => return run,
+                        None => run = Some(next),
                     }
-                    region.private.put(index, change, false);
                 }
             }
         }
-        if let Some(open) = run {
-            changed(open.start, open.end - open.start);
-        }
+        run
     }
 
     /// Whether the launch has imported any frame of `gfns`.
@@ -286,6 +299,17 @@ mod tests {
         PageStates::new([(0x10_0000, 100 * 4096), (0, 70 * 4096), (0x1_0000_0000, 4096 * 1000)])
     }
 
+    /// Converts, and tells the runs that changed.
+    fn convert(states: &PageStates, gfns: Range<u64>, private: bool) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        let note = |first, pages| {
+            runs.push((first, pages));
+            Ok::<(), ()>(())
+        };
+        states.convert(gfns, private, note).unwrap();
+        runs
+    }
+
     #[test]
     fn a_page_is_shared_only_when_every_byte_is() {
         let states = states();
@@ -293,7 +317,7 @@ mod tests {
         assert!(!states.is_shared(0, 70 * 4096 + 1), "runs out of RAM");
         assert!(!states.is_shared(u64::MAX, 2), "wraps");
         assert!(!states.is_shared(u64::MAX, 0));
-        states.convert(10..11, true, |_, _| {});
+        convert(&states, 10..11, true);
         assert!(states.is_shared(9 * 4096, 4096));
         assert!(!states.is_shared(9 * 4096, 4097));
         assert!(!states.is_shared(11 * 4096 - 1, 1));
@@ -304,16 +328,12 @@ mod tests {
     #[test]
     fn a_conversion_tells_each_run_once_and_drops_validation() {
         let states = states();
-        let mut seen = Vec::new();
-        states.convert(0..70, true, |first, pages| seen.push((first, pages)));
-        assert_eq!(seen, [(0, 70)]);
+        assert_eq!(convert(&states, 0..70, true), [(0, 70)]);
         assert_eq!(states.validate(0..70, true), Validation::Changed);
         assert_eq!(states.validate(60..65, true), Validation::Unchanged);
-        seen.clear();
-        states.convert(63..65, false, |first, pages| seen.push((first, pages)));
-        assert_eq!(seen.iter().map(|(_, pages)| pages).sum::<u64>(), 2);
+        assert_eq!(convert(&states, 63..65, false), [(63, 2)]);
         assert!(states.is_shared(63 * 4096, 8192));
-        states.convert(0..70, true, |_, _| {});
+        convert(&states, 0..70, true);
         assert!(!states.is_validated(63..64), "a converted page is not validated");
         assert!(states.is_validated(0..63));
         assert_eq!(states.validate(69..71, true), Validation::NotPrivate);
@@ -323,7 +343,7 @@ mod tests {
     #[test]
     fn launched_pages_are_known_and_validated() {
         let states = states();
-        states.convert(0..70, true, |_, _| {});
+        convert(&states, 0..70, true);
         states.mark_launched(3..5);
         assert!(states.any_launched(0..4));
         assert!(!states.any_launched(0..3));
@@ -332,18 +352,40 @@ mod tests {
         assert_eq!(states.ram_bytes(), 1170 * 4096);
     }
 
+    #[test]
+    fn a_conversion_over_two_regions_that_touch_is_one_run() {
+        let states = PageStates::new([(0, 70 * 4096), (70 * 4096, 70 * 4096)]);
+        assert_eq!(convert(&states, 3..100, true), [(3, 97)]);
+        assert_eq!(convert(&states, 0..140, true), [(0, 3), (100, 40)]);
+    }
+
     proptest! {
-        /// Against one boolean a page.
+        /// Against one boolean a page; some runs are refused.
         #[test]
-        fn ranges_agree_with_a_plain_model(ops in proptest::collection::vec((0u64..300, 0u64..200, any::<bool>()), 1..40)) {
-            let states = PageStates::new([(0, 256 * 4096)]);
+        fn ranges_agree_with_a_plain_model(
+            ops in proptest::collection::vec((0u64..300, 0u64..200, any::<bool>(), 0usize..6), 1..40)
+        ) {
+            let states = PageStates::new([(0, 100 * 4096), (100 * 4096, 156 * 4096)]);
             let mut model = [false; 256];
-            for (start, len, private) in ops {
+            for (start, len, private, refused) in ops {
                 let mut told = Vec::new();
-                states.convert(start..start + len, private, |first, pages| told.extend(first..first + pages));
+                let mut runs = 0;
+                let result = states.convert(start..start + len, private, |first, pages| {
+                    // While the run changes, no device may touch it.
+                    for page in first..first + pages {
+                        assert!(!states.is_shared(page * 4096, 4096));
+                    }
+                    runs += 1;
+                    if runs == refused + 1 && refused < 3 {
+                        return Err(first);
+                    }
+                    told.extend(first..first + pages);
+                    Ok(())
+                });
                 let mut want = Vec::new();
                 for (page, state) in (0u64..).zip(&mut model) {
-                    if (start..start + len).contains(&page) && *state != private {
+                    let until = result.err().unwrap_or(u64::MAX);
+                    if (start..start + len).contains(&page) && *state != private && page < until {
                         want.push(page);
                         *state = private;
                     }
@@ -351,6 +393,7 @@ mod tests {
                 prop_assert_eq!(told, want);
                 for (page, private) in (0u64..).zip(&model) {
                     prop_assert_eq!(states.is_shared(page * 4096, 4096), !private);
+                    prop_assert_eq!(states.is_private(page..page + 1), *private);
                 }
             }
         }

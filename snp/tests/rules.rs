@@ -123,18 +123,9 @@ fn attributes_are_for_whole_pages() {
         refused(set(gpa, len), EINVAL, 0);
     }
     set(0, 0x1000).unwrap();
-    refused(
-        machine
-            .emulated
-            .page_state_change(&machine.vm, 0x9000_0000, 0x1000, true),
-        EINVAL,
-        0,
-    );
-    refused(machine.emulated.page_state_change(&machine.vm, 0, 1, true), EINVAL, 0);
-    machine
-        .emulated
-        .page_state_change(&machine.vm, 0, 0x1000, false)
-        .unwrap();
+    refused(machine.emulated.page_state_change(0x9000_0000, 0x1000, true), EINVAL, 0);
+    refused(machine.emulated.page_state_change(0, 1, true), EINVAL, 0);
+    machine.emulated.page_state_change(0, 0x1000, false).unwrap();
     assert!(machine.emulated.is_shared(0, 0x1000));
 }
 

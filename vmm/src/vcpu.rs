@@ -16,7 +16,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
-use podvisor_snp::processor::{MsrOutcome, Processor};
+use podvisor_snp::private_memory;
+use podvisor_snp::processor::{MsrOutcome, Processor, ProcessorError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::state::{StateError, VcpuState};
@@ -441,6 +442,16 @@ impl Vcpu {
                 }
                 Next::Go
             }
+            VcpuExit::Hypercall(call) => {
+                let processor = self.context.processor.as_deref();
+                *call.ret = hypercall(processor, call.nr, &call.args);
+                Next::Go
+            }
+            VcpuExit::MemoryFault { flags, gpa, size } => Next::End(PodExit::Failed(format!(
+                "vCPU {}: {}",
+                self.index,
+                memory_fault(self.context.processor.as_deref(), flags, gpa, size)
+            ))),
             VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => Next::Interrupted,
             // The pins are edges: none waits for its end.
             VcpuExit::IoapicEoi(_) => Next::Go,
@@ -475,6 +486,24 @@ fn read_msr(processor: Option<&dyn Processor>, vcpu: u32, msr: u32) -> MsrOutcom
 
 fn write_msr(processor: Option<&dyn Processor>, vcpu: u32, msr: u32, value: u64) -> MsrOutcome {
     processor.map_or(MsrOutcome::Fault, |p| p.write_msr(vcpu, msr, value))
+}
+
+/// The answer to a hypercall that KVM hands out; a pod without a processor of its own is asked for none.
+fn hypercall(processor: Option<&dyn Processor>, number: u64, arguments: &[u64; 6]) -> u64 {
+    private_memory::hypercall::answer(number, arguments, |gpa, len, private| match processor {
+        Some(processor) => processor.page_state_change(gpa, len, private),
+        None => Err(ProcessorError {
+            op: "KVM_HC_MAP_GPA_RANGE",
+            errno: libc::EINVAL,
+            fw_error: 0,
+            reason: "the pod has no private memory".to_owned(),
+        }),
+    })
+}
+
+/// Words for a touch of memory that KVM cannot give the guest.
+fn memory_fault(processor: Option<&dyn Processor>, flags: u64, gpa: u64, size: u64) -> String {
+    private_memory::hypercall::memory_fault(flags, gpa, size, processor.map(|p| p.is_shared(gpa, size)))
 }
 
 fn system_event(kind: u32, data: &[u64]) -> PodExit {

@@ -8,7 +8,6 @@ mod guest;
 mod kvm_probe;
 mod psp;
 mod runtime;
-mod scrub;
 mod vmsa;
 
 use std::sync::{Arc, Mutex};
@@ -20,12 +19,13 @@ use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 
 pub(crate) use error::fw;
 pub use guest::Guest;
-pub use runtime::{Runtime, RuntimeOptions};
+pub use runtime::{ConvertError, Runtime, RuntimeOptions};
 
 use self::error::Refusal;
-use self::psp::{Launch, Slot};
+use self::psp::{Import, Launch, Slot};
 use self::runtime::lock;
 use crate::chain::SigningChain;
+use crate::private_memory::{PrivateMemory, PrivateMemoryError, SOFTWARE_PROTECTED_VM};
 use crate::processor::{
     LaunchFinish, LaunchUpdate, MemoryRegion, MsrOutcome, Processor, ProcessorError, ProcessorKind,
 };
@@ -64,6 +64,9 @@ pub struct Options {
     pub runtime: RuntimeOptions,
     /// Who signs reports; None: the test chain that podvisor ships.
     pub chain: Option<Arc<SigningChain>>,
+    /// Whether private pages are KVM's, out of the monitor's reach: a VM of type
+    /// [`SOFTWARE_PROTECTED_VM`](crate::private_memory::SOFTWARE_PROTECTED_VM), which few hosts have.
+    pub private_memory: bool,
     /// Faults.
     pub injection: Injection,
 }
@@ -77,6 +80,7 @@ impl Default for Options {
             processor_signature: 0x00A0_0F11,
             runtime: RuntimeOptions::default(),
             chain: None,
+            private_memory: false,
             injection: Injection::default(),
         }
     }
@@ -106,6 +110,24 @@ impl Emulated {
         &self.runtime
     }
 
+    /// Moves what the launch imported to where the guest sees it. What came from the image itself, which is no secret, stays
+    /// readable here too: KVM looks at the instructions that it emulates through the monitor's half.
+    fn fill_private(&self, vm: &VmFd, vcpus: &[VcpuFd], imports: &[Import]) -> Result<(), Refusal> {
+        let (Some(memory), Some(vcpu)) = (self.runtime.private(), vcpus.first()) else {
+            return Ok(());
+        };
+        let ranges: Vec<_> = imports.iter().map(|import| import.gfns.clone()).collect();
+        memory
+            .fill(vm, vcpu, &ranges)
+            .map_err(|error| Refusal::new(libc::EIO, 0, error.to_string()))?;
+        for import in imports.iter().filter(|import| !import.of_image) {
+            memory
+                .empty_shared(import.gfns.start, import.gfns.end - import.gfns.start)
+                .map_err(|error| refusal(&error))?;
+        }
+        Ok(())
+    }
+
     fn seal(&self, vcpus: &[VcpuFd], features: u64) -> Result<Vec<Box<crate::digest::Page>>, Refusal> {
         vcpus
             .iter()
@@ -120,6 +142,10 @@ impl Emulated {
             })
             .collect()
     }
+}
+
+fn refusal(error: &PrivateMemoryError) -> Refusal {
+    Refusal::new(error.errno(), 0, error.to_string())
 }
 
 /// Whole pages `[gpa, gpa + len)` as frames.
@@ -141,13 +167,23 @@ impl Processor for Emulated {
     }
 
     fn vm_type(&self) -> u64 {
-        0
+        if self.options.private_memory {
+            SOFTWARE_PROTECTED_VM
+        } else {
+            0
+        }
     }
 
     fn init(&self, vm: &VmFd, vmsa_features: u64) -> Result<(), ProcessorError> {
         lock(&self.launch)
             .init(&self.options, vmsa_features, kvm_probe::vcpus_exist(vm))
-            .map_err(|refusal| refusal.of("KVM_SEV_INIT2"))
+            .map_err(|refusal| refusal.of("KVM_SEV_INIT2"))?;
+        if self.options.private_memory {
+            let memory = PrivateMemory::new(vm, self.runtime.memory().clone());
+            self.runtime
+                .keep_private_in(memory.map_err(|error| refusal(&error).of("KVM_SEV_INIT2"))?);
+        }
+        Ok(())
     }
 
     fn map_region(&self, vm: &VmFd, region: &MemoryRegion) -> Result<(), ProcessorError> {
@@ -165,25 +201,30 @@ impl Processor for Emulated {
         if !is_ours || !self.runtime.pages().is_ram(&gfns) {
             return Err(Refusal::einval("not the RAM that the emulated processor was made with").of(OP));
         }
-        kvm_probe::set_region(
-            vm,
-            kvm_userspace_memory_region {
-                slot: region.slot,
-                flags: 0,
-                guest_phys_addr: region.gpa,
-                memory_size: region.len,
-                userspace_addr: region.host_addr,
-            },
-        )
-        .map_err(|error| Refusal::new(error.errno(), 0, "KVM refused the memslot").of(OP))?;
+        match self.runtime.private() {
+            Some(memory) => memory.map(vm, region).map_err(|error| refusal(&error).of(OP))?,
+            None => kvm_probe::set_region(
+                vm,
+                kvm_userspace_memory_region {
+                    slot: region.slot,
+                    flags: 0,
+                    guest_phys_addr: region.gpa,
+                    memory_size: region.len,
+                    userspace_addr: region.host_addr,
+                },
+            )
+            .map_err(|error| Refusal::new(error.errno(), 0, "KVM refused the memslot").of(OP))?,
+        }
         launch.add_slot(slot);
         Ok(())
     }
 
     fn set_private(&self, _vm: &VmFd, gpa: u64, len: u64, private: bool) -> Result<(), ProcessorError> {
-        let gfns = frames(gpa, len).map_err(|refusal| refusal.of("KVM_SET_MEMORY_ATTRIBUTES"))?;
-        self.runtime.convert_ram(gfns, private);
-        Ok(())
+        const OP: &str = "KVM_SET_MEMORY_ATTRIBUTES";
+        let gfns = frames(gpa, len).map_err(|refusal| refusal.of(OP))?;
+        self.runtime
+            .convert_ram(gfns, private)
+            .map_err(|error| Refusal::new(error.errno(), 0, error.to_string()).of(OP))
     }
 
     fn launch_start(&self, _vm: &VmFd, policy: u64) -> Result<(), ProcessorError> {
@@ -203,13 +244,15 @@ impl Processor for Emulated {
             .map_err(|refusal| refusal.of("KVM_SEV_SNP_LAUNCH_UPDATE"))
     }
 
-    fn launch_finish(&self, _vm: &VmFd, vcpus: &[VcpuFd], finish: &LaunchFinish) -> Result<(), ProcessorError> {
+    fn launch_finish(&self, vm: &VmFd, vcpus: &[VcpuFd], finish: &LaunchFinish) -> Result<(), ProcessorError> {
         const OP: &str = "KVM_SEV_SNP_LAUNCH_FINISH";
         let mut launch = lock(&self.launch);
         launch.check_can_finish().map_err(|refusal| refusal.of(OP))?;
         let features = launch.features();
         let vmsas = self.seal(vcpus, features).map_err(|refusal| refusal.of(OP))?;
         let context = launch.finish(&vmsas, finish).map_err(|refusal| refusal.of(OP))?;
+        self.fill_private(vm, vcpus, &launch.take_imports())
+            .map_err(|refusal| refusal.of(OP))?;
         let chain = match &self.options.chain {
             Some(chain) => Arc::clone(chain),
             None => SigningChain::test_chain()
@@ -220,12 +263,12 @@ impl Processor for Emulated {
         Ok(())
     }
 
-    fn page_state_change(&self, _vm: &VmFd, gpa: u64, len: u64, private: bool) -> Result<(), ProcessorError> {
+    fn page_state_change(&self, gpa: u64, len: u64, private: bool) -> Result<(), ProcessorError> {
         const OP: &str = "KVM_HC_MAP_GPA_RANGE";
         let gfns = frames(gpa, len).map_err(|refusal| refusal.of(OP))?;
         self.runtime
             .convert(gfns, private)
-            .map_err(|error| Refusal::einval(error.to_string()).of(OP))
+            .map_err(|error| Refusal::new(error.errno(), 0, error.to_string()).of(OP))
     }
 
     fn write_msr(&self, vcpu: u32, msr: u32, value: u64) -> MsrOutcome {

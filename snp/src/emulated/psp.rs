@@ -37,6 +37,14 @@ pub(crate) struct GuestContext {
     pub(crate) vcek_disabled: bool,
 }
 
+/// Pages that the launch imported, in frames.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Import {
+    pub(super) gfns: std::ops::Range<u64>,
+    /// They are the image's, byte for byte: whoever has the image has them.
+    pub(super) of_image: bool,
+}
+
 struct Launching {
     policy: u64,
     chain: LaunchDigest,
@@ -59,6 +67,8 @@ pub(super) struct Launch {
     phase: Phase,
     features: u64,
     slots: Vec<Slot>,
+    /// In the order of the launch, neighbours as one.
+    imports: Vec<Import>,
 }
 
 impl Launch {
@@ -67,6 +77,19 @@ impl Launch {
             phase: Phase::Created,
             features: 0,
             slots: Vec::new(),
+            imports: Vec::new(),
+        }
+    }
+
+    /// What was imported, which the launch forgets.
+    pub(super) fn take_imports(&mut self) -> Vec<Import> {
+        std::mem::take(&mut self.imports)
+    }
+
+    fn note_import(&mut self, gfns: std::ops::Range<u64>, of_image: bool) {
+        match self.imports.last_mut() {
+            Some(last) if last.gfns.end == gfns.start && last.of_image == of_image => last.gfns.end = gfns.end,
+            _ => self.imports.push(Import { gfns, of_image }),
         }
     }
 
@@ -193,6 +216,9 @@ impl Launch {
             }
         }
         let bytes = done * PAGE_SIZE;
+        if options.private_memory && done > 0 {
+            self.note_import(update.gfn..update.gfn + done, update.kind == PageKind::Normal);
+        }
         update.gfn += done;
         update.len -= bytes;
         if update.kind != PageKind::Zero {

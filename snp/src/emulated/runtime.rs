@@ -3,17 +3,19 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use podvisor_firmware::plan::PAGE_SIZE;
 use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::ghcb::{self, Exit};
 use super::guest::Guest;
-use super::{MSR_GHCB, MSR_SEV_STATUS, scrub};
+use super::{MSR_GHCB, MSR_SEV_STATUS};
 use crate::cpuid::{C_BIT, Leaf, MSR_VALIDATE, VALIDATE_MAX_ORDER};
+use crate::private_memory::{PrivateMemory, PrivateMemoryError};
 use crate::processor::MsrOutcome;
 use crate::rmp::{NotRam, PageStates, Validation};
+use crate::scrub;
 
 /// GHCB MSR protocol (AMD 56421 table 3): request and answer codes in bits 11:0.
 mod msr {
@@ -74,9 +76,33 @@ impl Default for RuntimeOptions {
     }
 }
 
+/// Why pages did not change over.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    /// Not all of them are RAM.
+    #[error(transparent)]
+    NotRam(#[from] NotRam),
+    /// The host refused.
+    #[error(transparent)]
+    Memory(#[from] PrivateMemoryError),
+}
+
+impl ConvertError {
+    /// errno as KVM would give it.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::NotRam(_) => libc::EINVAL,
+            Self::Memory(error) => error.errno(),
+        }
+    }
+}
+
 /// The run-time half of the emulated processor.
 pub struct Runtime {
     memory: GuestMemoryMmap<()>,
+    /// What KVM keeps of private pages, where it keeps any.
+    private: OnceLock<PrivateMemory>,
     pages: PageStates,
     /// Held by whatever changes page states, so that their bitmaps change together.
     changing: Mutex<()>,
@@ -109,6 +135,7 @@ impl Runtime {
             .collect();
         Self {
             memory,
+            private: OnceLock::new(),
             pages,
             changing: Mutex::new(()),
             ports,
@@ -143,24 +170,36 @@ impl Runtime {
         *self.guest() = Some(guest);
     }
 
+    /// Private pages are KVM's from here on. Called once, before there is any.
+    pub(super) fn keep_private_in(&self, private: PrivateMemory) {
+        // The launch initialises a VM once.
+        let _ = self.private.set(private);
+    }
+
+    /// KVM's private memory, if it is used.
+    pub(super) fn private(&self) -> Option<&PrivateMemory> {
+        self.private.get()
+    }
+
     /// Makes whole pages private or shared, whatever they were; those that change read as zeros afterwards.
     ///
     /// # Errors
-    /// [`NotRam`]; then nothing changed.
-    pub fn convert(&self, gfns: Range<u64>, private: bool) -> Result<(), NotRam> {
+    /// [`ConvertError`]: nothing changed for a range that is not RAM; where the host refuses, what it did not refuse has.
+    pub fn convert(&self, gfns: Range<u64>, private: bool) -> Result<(), ConvertError> {
         self.pages.check_ram(&gfns)?;
-        self.convert_ram(gfns, private);
-        Ok(())
+        self.convert_ram(gfns, private)
     }
 
     /// [`Runtime::convert`] of the part of `gfns` that is RAM.
-    pub(super) fn convert_ram(&self, gfns: Range<u64>, private: bool) {
+    pub(super) fn convert_ram(&self, gfns: Range<u64>, private: bool) -> Result<(), ConvertError> {
         let _changing = lock(&self.changing);
-        self.pages.convert(gfns, private, |first, pages| {
-            if let Err(error) = scrub::scrub(&self.memory, first, pages) {
-                tracing::error!("page-state change: frames {first:#x}+{pages:#x} could not be scrubbed: {error}");
-            }
-        });
+        let changed = |first, pages| match self.private() {
+            Some(memory) => memory.convert(first, pages, private).map_err(ConvertError::from),
+            None => Ok(scrub::scrub(&self.memory, first, pages).map_err(PrivateMemoryError::from)?),
+        };
+        self.pages.convert(gfns, private, changed).inspect_err(|error| {
+            tracing::error!("a page-state change failed: {error}");
+        })
     }
 
     /// A guest's WRMSR.

@@ -21,7 +21,19 @@ const GIVE_BACK: u64 = 64;
 ///
 /// # Errors
 /// When part of the range is not in `memory`.
-pub(super) fn scrub(memory: &GuestMemoryMmap<()>, gfn: u64, pages: u64) -> Result<(), GuestMemoryError> {
+pub(crate) fn scrub(memory: &GuestMemoryMmap<()>, gfn: u64, pages: u64) -> Result<(), GuestMemoryError> {
+    scrub_from(memory, gfn, pages, GIVE_BACK)
+}
+
+/// As [`scrub`], and gives the memory of every page back to the kernel where the mapping is of a kind that can.
+///
+/// # Errors
+/// When part of the range is not in `memory`.
+pub(crate) fn give_up(memory: &GuestMemoryMmap<()>, gfn: u64, pages: u64) -> Result<(), GuestMemoryError> {
+    scrub_from(memory, gfn, pages, 1)
+}
+
+fn scrub_from(memory: &GuestMemoryMmap<()>, gfn: u64, pages: u64, give_back_from: u64) -> Result<(), GuestMemoryError> {
     let mut at = GuestAddress(gfn.saturating_mul(PAGE_SIZE));
     let mut left = pages.saturating_mul(PAGE_SIZE);
     while left > 0 {
@@ -29,7 +41,7 @@ pub(super) fn scrub(memory: &GuestMemoryMmap<()>, gfn: u64, pages: u64) -> Resul
             .to_region_addr(at)
             .ok_or(GuestMemoryError::InvalidGuestAddress(at))?;
         let here = left.min(region.len() - offset.0);
-        if here < GIVE_BACK * PAGE_SIZE || !give_back(region, offset, here) {
+        if here < give_back_from * PAGE_SIZE || !give_back(region, offset, here) {
             write_zeros(region, offset, here)?;
         }
         left -= here;

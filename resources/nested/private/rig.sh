@@ -1,0 +1,4 @@
+# The cases that need private memory: what they run beside podvisor. Sourced by ../run.sh.
+program=$target/release/examples/private_memory
+[ -x "$program" ] || wrong "no $program: cargo build --release -p podvisor-snp --example private_memory"
+host_items+=("program=/bin/private-memory:$program")
