@@ -59,6 +59,8 @@ step "licences, sources, duplicates (the advisory database is not reachable from
     cargo deny --log-level error check licenses bans sources
 if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi
 step "Linux pods in an emulated host" bash resources/nested/run.sh
+step "build of what shows private memory" cargo build --release -p podvisor-snp --example private_memory --locked --quiet
+step "private memory in an emulated host" bash resources/nested/private.sh
 if cargo +nightly --version >/dev/null 2>&1; then
     for target in $(cd fuzz && cargo +nightly fuzz list); do step "fuzz $target" fuzz "$target"; done
 else
