@@ -1,5 +1,6 @@
 //! Kernels without an IGVM file around them. Tells the formats apart; each format's plan is in its own file.
 
+pub mod bzimage;
 pub mod elf;
 pub mod pvh;
 
