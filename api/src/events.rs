@@ -72,6 +72,10 @@ pub enum What {
     Reset,
     /// virtio-device: it cannot go on (`id`); an addition to Cloud Hypervisor's events.
     Failed,
+    /// virtio-device: the host refuses what the pod writes to its disk (`id`, `error`); an addition, as the next.
+    StorageFailing,
+    /// virtio-device: it takes it again (`id`).
+    StorageWorking,
     /// guest: its kernel panicked (`event`: `panic`, or `crash_loaded` if it handles that itself).
     Panic,
 }

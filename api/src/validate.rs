@@ -9,7 +9,7 @@ mod names;
 mod payload;
 mod vhost_user;
 
-use self::devices::{check_disk, check_fs, check_net, check_vsock, console, rate_limit_groups};
+use self::devices::{check_disk, check_fs, check_net, check_scratch, check_vsock, console, rate_limit_groups};
 use self::machine::{cpus, memory};
 use self::names::{identifiers, segment_shares, segments};
 use self::payload::{payload, platform, pod};
@@ -80,6 +80,9 @@ impl VmConfig {
             check_disk(disk, &format!("disks[{at}]"), &mut found);
         }
         rate_limit_groups(self, &mut found);
+        if let Some(scratch) = &self.scratch {
+            check_scratch(scratch, &mut found);
+        }
         for (at, net) in self.net().iter().enumerate() {
             check_net(net, &format!("net[{at}]"), &mut found);
         }

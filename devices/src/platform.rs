@@ -66,6 +66,10 @@ pub enum DeviceStep {
     Reset,
     /// It cannot go on; a reset may help or not.
     Failed,
+    /// The host refuses its writes, with this error number; they fail, and it goes on.
+    StorageFailing(i32),
+    /// The host takes them again.
+    StorageWorking,
 }
 
 /// The hypervisor as devices use it.

@@ -117,12 +117,20 @@ fn halves(address: u64) -> (u32, u32) {
 
 impl Hypervisor for KvmHypervisor {
     fn stepped(&self, id: &str, step: DeviceStep) {
-        let event = match step {
-            DeviceStep::Activated => What::Activated,
-            DeviceStep::Reset => What::Reset,
-            DeviceStep::Failed => What::Failed,
+        let tell = |event, more: &[(&str, &str)]| {
+            let properties: Vec<_> = [("id", id)].into_iter().chain(more.iter().copied()).collect();
+            self.telling.tell(Source::VirtioDevice, event, &properties);
         };
-        self.telling.tell(Source::VirtioDevice, event, &[("id", id)]);
+        match step {
+            DeviceStep::Activated => tell(What::Activated, &[]),
+            DeviceStep::Reset => tell(What::Reset, &[]),
+            DeviceStep::Failed => tell(What::Failed, &[]),
+            DeviceStep::StorageFailing(code) => {
+                let error = io::Error::from_raw_os_error(code).to_string();
+                tell(What::StorageFailing, &[("error", &error)]);
+            }
+            DeviceStep::StorageWorking => tell(What::StorageWorking, &[]),
+        }
     }
 
     fn add_doorbell(&self, address: u64, fd: &EventFd) -> io::Result<()> {

@@ -155,6 +155,7 @@ impl PodSlot {
         }
         let mut plan = PodPlan::new(config, self.expect_digest)?;
         let consoles = Consoles::open(&mut plan.config)?;
+        registry::scratch::open(&plan.config, &mut plan.descriptors)?;
         tracing::info!(
             vcpus = plan.vcpus,
             memory_bytes = plan.memory,
@@ -492,6 +493,7 @@ impl PodError {
             // What Cloud Hypervisor's description has for a VM that is not booted.
             Self::NotRunning => 405,
             Self::Conflict(_) | Self::AlreadyCreated | Self::AlreadyRunning | Self::Already(_) => 409,
+            Self::Snapshot(error) if error.is_the_hosts() => 500,
             Self::Unsaved(_) | Self::Snapshot(_) => 400,
             Self::Landlock(LandlockError::Path { .. }) => 400,
             Self::Boot(_) | Self::Landlock(_) | Self::Device(..) => 500,

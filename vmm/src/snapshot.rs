@@ -59,6 +59,15 @@ pub enum SnapshotError {
     },
 }
 
+impl SnapshotError {
+    /// Whether the host failed, as when its disk is full: the request was sound.
+    #[must_use]
+    pub fn is_the_hosts(&self) -> bool {
+        let codes = [libc::ENOSPC, libc::EDQUOT, libc::EFBIG, libc::EIO];
+        matches!(self, Self::File { source, .. } if source.raw_os_error().is_some_and(|code| codes.contains(&code)))
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct StateFile {
     podvisor_snapshot: u64,

@@ -192,11 +192,11 @@ pub fn private_umask() {
     unsafe { libc::umask(0o077) };
 }
 
-/// Makes a write to a closed pipe or socket an error rather than the end of the process, and leaves no zombies of children
-/// that a parent had before it became this process.
+/// Makes a write to a closed pipe or socket, or beyond the largest file that the process may have (RLIMIT_FSIZE), an error
+/// rather than the end of the process, and leaves no zombies of children that a parent had before it became this process.
 pub fn ignore_signals() {
-    for signal in [libc::SIGPIPE, libc::SIGCHLD] {
-        // SAFETY: SIG_IGN is a valid disposition for both.
+    for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGCHLD] {
+        // SAFETY: SIG_IGN is a valid disposition for all of them.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
 }

@@ -277,3 +277,47 @@ fn what_the_configuration_may_not_say_is_refused_by_name() {
         assert_eq!(second.request("GET", "vm.info", None).0, 404, "{name}");
     }
 }
+
+#[test]
+fn a_full_disk_leaves_no_snapshot_and_the_pod_goes_on() {
+    if !kvm() {
+        return;
+    }
+    let Some(process) = Process::start_small(256 << 10, &[]) else {
+        return;
+    };
+    process.boot_pod("none");
+    let mut agent = process.agent();
+    let sum = ok(&mut agent, "blk-read 0 64");
+    process.put("vm.pause", None);
+    // In a directory of its own and in one with files of others.
+    let other = process.small("other");
+    std::fs::write(&other, "another's").unwrap();
+    for name in ["snapshot", ""] {
+        let directory = process.small(name);
+        std::fs::create_dir_all(&directory).unwrap();
+        let asked = json!({"destination_url": url(&process.path("small").join(name))});
+        let (status, said) = process.request("PUT", "vm.snapshot", Some(&asked));
+        assert_eq!(status, 500, "{said}");
+        let said = said.to_string();
+        assert!(said.contains("memory-ranges") && said.contains("os error 28"), "{said}");
+        let left: Vec<_> = std::fs::read_dir(&directory)
+            .unwrap()
+            .map(|f| f.unwrap().file_name())
+            .collect();
+        let kept: &[&str] = if name.is_empty() { &["other", "snapshot"] } else { &[] };
+        assert!(
+            left.len() == kept.len() && left.iter().all(|f| kept.iter().any(|k| f == k)),
+            "{left:?}"
+        );
+        assert_eq!(process.info()["state"], "Paused");
+    }
+    assert_eq!(std::fs::read(&other).unwrap(), b"another's");
+    process.put("vm.resume", None);
+    assert_eq!(ok(&mut agent, "blk-read 0 64"), sum);
+    // Where there is room, it is saved after all.
+    let snapshot = save(&process, "roomy");
+    let again = restore(&snapshot, &process.path("disk"));
+    again.put("vm.resume", None);
+    assert_eq!(ok(&mut again.agent(), "blk-read 0 64"), sum);
+}

@@ -13,6 +13,7 @@ mod payload;
 mod platform;
 mod pod;
 mod requests;
+mod scratch;
 mod vm;
 
 pub use console::{ConsoleConfig, ConsoleMode, DebugConsoleConfig, SerialConfig};
@@ -32,6 +33,7 @@ pub use requests::{
     MemoryRestoreMode, PciDeviceInfo, RestoreConfig, RestoredNetConfig, VmRemoveDevice, VmResize, VmResizeDisk,
     VmResizeZone, VmSnapshotConfig, VmmPingResponse,
 };
+pub use scratch::ScratchConfig;
 pub use vm::{VmConfig, VmInfo, VmState};
 
 #[expect(

@@ -3,7 +3,7 @@
 use super::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DeviceConfig, DiskConfig, FsConfig, LandlockConfig,
     MemoryConfig, NetConfig, PayloadConfig, PciSegmentConfig, PlatformConfig, PmemConfig, PodConfig,
-    RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
+    RateLimitGroupConfig, RngConfig, ScratchConfig, SerialConfig, VsockConfig,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -29,6 +29,9 @@ pub struct VmConfig {
     /// Disks, in the guest's order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
+    /// Scratch disk; an addition to Cloud Hypervisor's schema.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<ScratchConfig>,
     /// Network devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::names::identifier;
 use super::{ConfigError, Findings, MAX_QUEUE_SIZE, first, vhost_user};
-use crate::types::{ConsoleMode, DiskConfig, FsConfig, NetConfig, RateLimiterConfig, VmConfig, VsockConfig};
+use crate::types::{
+    ConsoleMode, DiskConfig, FsConfig, NetConfig, RateLimiterConfig, ScratchConfig, VmConfig, VsockConfig,
+};
 
 /// Most queues of one device.
 const MAX_QUEUES: usize = 256;
@@ -146,6 +148,25 @@ pub(super) fn check_disk(disk: &DiskConfig, field: &str, found: &mut Findings) {
             format!("{field}.rate_limit_group"),
             "is given beside rate_limiter_config; give one of the two",
         );
+    }
+}
+
+/// What a scratch disk's size is a multiple of, its block.
+const SCRATCH_BLOCK: u64 = 4096;
+
+pub(super) fn check_scratch(scratch: &ScratchConfig, found: &mut Findings) {
+    let size = scratch.size;
+    if size == 0 || !size.is_multiple_of(SCRATCH_BLOCK) || i64::try_from(size).is_err() {
+        let reason =
+            format!("{size} bytes are no scratch disk; give a multiple of {SCRATCH_BLOCK}, above 0 and below 8E");
+        found.add("scratch.size", reason);
+    }
+    if !scratch.dir.is_absolute() {
+        let reason = format!(
+            "`{}` is not an absolute path; give a directory of the host, or leave it out for /var/tmp",
+            scratch.dir.display()
+        );
+        found.add("scratch.dir", reason);
     }
 }
 

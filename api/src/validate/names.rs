@@ -47,6 +47,7 @@ pub(super) fn segments(config: &VmConfig, found: &mut Findings) {
             .enumerate()
             .map(|(at, d)| (format!("devices[{at}]"), d.pci_segment)),
     );
+    used.extend(config.scratch.iter().map(|d| ("scratch".to_owned(), d.pci_segment)));
     used.extend(config.vsock.iter().map(|d| ("vsock".to_owned(), d.pci_segment)));
     used.extend(config.balloon.iter().map(|d| ("balloon".to_owned(), d.pci_segment)));
     for (field, segment) in used {
@@ -130,6 +131,7 @@ pub(super) fn identifiers(config: &VmConfig, found: &mut Findings) {
         .iter()
         .enumerate()
         .for_each(|(at, d)| add(format!("devices[{at}].id"), &d.id));
+    config.scratch.iter().for_each(|d| add("scratch.id".to_owned(), &d.id));
     config.vsock.iter().for_each(|d| add("vsock.id".to_owned(), &d.id));
     config.balloon.iter().for_each(|d| add("balloon.id".to_owned(), &d.id));
     add("rng.id".to_owned(), &config.rng.id);

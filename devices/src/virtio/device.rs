@@ -13,6 +13,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::blk::StorageNews;
 use super::state::{QueuePosition, StateError};
 use crate::memory::PodMemory;
 
@@ -378,6 +379,11 @@ pub trait VirtioDevice: Send {
     /// When it is no disk of ours or cannot have that size; nothing has changed then.
     fn set_capacity(&mut self, _bytes: u64) -> Result<(), Box<dyn Error + Send + Sync>> {
         Err("the device has no size of its own to change".into())
+    }
+    /// What changed, since it was asked last, about whether the host takes what the pod writes to it: asked after each turn
+    /// on the event loop.
+    fn storage_news(&mut self) -> Option<StorageNews> {
+        None
     }
     /// Whether the device cannot be used again in its life: a reset does not help.
     fn is_lost(&self) -> bool {

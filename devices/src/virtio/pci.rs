@@ -29,6 +29,7 @@ use self::interrupt::{Interrupt, NO_VECTOR};
 use self::queues::{FrozenQueues, QueueConfig, QueueSetup};
 pub use self::standing::{Standing, Watch};
 pub use self::subscriber::VirtioPciSubscriber;
+use super::blk::StorageNews;
 use super::device::{Activation, ActiveQueue, DeviceError, QueueInterrupt, VirtioDevice};
 use super::state::{Place, QueuePosition};
 use crate::memory::PodMemory;
@@ -618,6 +619,11 @@ impl VirtioPci {
     /// Runs `f` on the device; a failure needs a reset by the driver.
     fn drive(&mut self, f: impl FnOnce(&mut dyn VirtioDevice) -> Result<(), DeviceError>) -> Result<(), DeviceError> {
         let outcome = f(self.device.as_mut());
+        match self.device.storage_news() {
+            None => {}
+            Some(StorageNews::Failing(code)) => self.hypervisor.stepped(&self.id, DeviceStep::StorageFailing(code)),
+            Some(StorageNews::Working) => self.hypervisor.stepped(&self.id, DeviceStep::StorageWorking),
+        }
         if let (Err(error), Phase::Active(..)) = (&outcome, &self.phase) {
             let reason = error.to_string();
             self.fail(&reason);

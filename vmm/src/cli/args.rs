@@ -168,6 +168,9 @@ pub(crate) struct RunArgs {
     /// Limits that disks share: id=NAME[,bw_size=N,bw_refill_time=MS][,ops_size=N,ops_refill_time=MS]
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) rate_limit_group: Vec<String>,
+    /// Scratch disk, empty at each boot and gone with the pod: size=SIZE[,dir=DIR][,id=NAME]
+    #[arg(long, value_name = "OPTIONS", help_heading = "Devices")]
+    pub(crate) scratch: Option<String>,
     /// File system: tag=TAG,shared_dir=DIR|socket=PATH[,readonly=on][,num_queues=N][,id=NAME]
     #[arg(long, value_name = "OPTIONS", num_args = 1.., action = ArgAction::Append, help_heading = "Devices")]
     pub(crate) fs: Vec<String>,
@@ -343,6 +346,9 @@ impl RunArgs {
         }
         config.disks = sections("--disk", &self.disk)?;
         config.rate_limit_groups = sections("--rate-limit-group", &self.rate_limit_group)?;
+        if let Some(text) = &self.scratch {
+            config.scratch = Some(section("--scratch", text)?);
+        }
         let net: Vec<_> = self.nets()?.into_iter().map(|(net, _)| net).collect();
         config.net = (!net.is_empty()).then_some(net);
         config.fs = sections("--fs", &self.fs)?;
@@ -466,7 +472,8 @@ mod tests {
     #[test]
     fn memory_of_every_kind() {
         let args = "--kernel k --memory size=0 --memory-zone id=a,size=1G id=b,size=1G,file=/f,shared=on \
-                    --pmem file=/p,size=2M --balloon size=1M,free_page_reporting=on --pci-segment pci_segment=1";
+                    --pmem file=/p,size=2M --balloon size=1M,free_page_reporting=on --pci-segment pci_segment=1 \
+                    --scratch size=8G";
         let config = parse(&args.split_whitespace().collect::<Vec<_>>())
             .config()
             .unwrap()
@@ -475,6 +482,8 @@ mod tests {
         assert!(config.memory.zones.unwrap()[1].shared);
         assert_eq!(config.pmem.unwrap()[0].size, Some(2 << 20));
         assert_eq!(config.balloon.unwrap().size, 1 << 20);
+        let scratch = config.scratch.unwrap();
+        assert_eq!((scratch.size, scratch.dir.as_path()), (8 << 30, Path::new("/var/tmp")));
         assert_eq!(config.pci_segments.unwrap()[0].mmio32_aperture_weight, 1);
     }
 

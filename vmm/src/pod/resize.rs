@@ -39,10 +39,15 @@ impl PodSlot {
     /// When it does not run, there is no such disk, or it cannot have that size; nothing has changed then.
     pub fn resize_disk(&mut self, wanted: &VmResizeDisk) -> Result<(), PodError> {
         let machine = self.machine_mut()?;
-        match machine.resize_disk(&wanted.id, wanted.desired_size)? {
-            true => Ok(()),
-            false => Err(PodError::NoDevice(wanted.id.clone())),
+        if !machine.resize_disk(&wanted.id, wanted.desired_size)? {
+            return Err(PodError::NoDevice(wanted.id.clone()));
         }
+        // A scratch disk has no file that would tell its size at the next boot.
+        let scratch = self.pod.as_mut().and_then(|pod| pod.plan.config.scratch.as_mut());
+        if let Some(scratch) = scratch.filter(|scratch| scratch.id.as_deref() == Some(&wanted.id)) {
+            scratch.size = wanted.desired_size;
+        }
+        Ok(())
     }
 
     /// Parks the vCPUs that the guest has let go of.

@@ -10,6 +10,7 @@ mod limits;
 mod net;
 mod pmem;
 mod rng;
+pub(crate) mod scratch;
 mod vsock;
 
 use std::error::Error;
@@ -103,6 +104,7 @@ const KINDS: &[Kind] = &[
     pmem::KIND,
     vsock::KIND,
     balloon::KIND,
+    scratch::KIND,
 ];
 
 /// Makes every device that `config` asks for. Identifiers must have been assigned ([`assign_ids`]).

@@ -7,6 +7,8 @@
     reason = "shared by test binaries, each of which uses a part of it; a failure here is the test's"
 )]
 
+pub(crate) mod full;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};

@@ -1,6 +1,7 @@
 //! A disk in use, from activation to reset: takes chains off the queues, keeps the engine busy, gives chains back.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress};
@@ -219,6 +220,12 @@ impl Active {
             _ => {}
         }
         shared.counters.count(&task.request, status);
+        match (task.request.operation, task.error) {
+            (Operation::In { .. } | Operation::GetId, _) => {}
+            (_, Some(code)) => shared.storage.failed(code, &shared.disk, Instant::now()),
+            (Operation::Out { .. }, None) => shared.storage.succeeded(&shared.disk, Instant::now),
+            _ => {}
+        }
         self.give_back(task.queue, task.head, Some((task.request.status, status)), written)
     }
 

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use libc::{c_int, c_ulong};
 
 use super::request::SECTOR_SIZE;
+use super::scratch::{BLOCK, make};
 
 /// `BLKSSZGET` of linux/fs.h: logical block size of a block device.
 const BLKSSZGET: c_ulong = 0x1268;
@@ -134,6 +135,8 @@ pub(super) struct DiskFile {
     pub(super) physical_block: u32,
     /// Holes can be punched (checked for regular files, assumed for block devices).
     pub(super) can_punch: bool,
+    /// Nothing of it outlives the device: the file is empty when this is dropped.
+    pub(super) transient: bool,
     /// What the serial is made of when none was given.
     pub(super) identity: String,
 }
@@ -146,7 +149,11 @@ impl DiskFile {
 
     /// Makes a file of `len` zeros in `directory`, which nobody else can open and which is gone when it is closed.
     pub(super) fn temporary(directory: &Path, len: u64) -> Result<Self, BlkError> {
-        let file = open_file(directory, false, libc::O_TMPFILE)?;
+        let file = make(directory).map_err(|source| BlkError::Open {
+            path: directory.to_owned(),
+            access: "a file without a name",
+            source,
+        })?;
         file.set_len(len).map_err(|source| BlkError::Host {
             path: directory.to_owned(),
             what: "giving a file in it its size",
@@ -204,8 +211,32 @@ impl DiskFile {
             logical_block,
             physical_block,
             can_punch,
+            transient: false,
             identity,
         })
+    }
+
+    /// A disk of `size` bytes in `file`, of which nothing is kept: it is emptied now and at the end. `directory` is where it
+    /// was made, for messages.
+    pub(super) fn transient(directory: &Path, file: File, size: u64) -> Result<Self, BlkError> {
+        let sized = file.set_len(0).and_then(|()| file.set_len(size));
+        sized.map_err(|source| BlkError::Size {
+            path: directory.to_owned(),
+            bytes: size,
+            reason: format!("a file there cannot have that size: {source}"),
+        })?;
+        let mut disk = Self::of(directory, file, false, false, LockRange::File)?;
+        disk.transient = true;
+        disk.logical_block = BLOCK;
+        disk.physical_block = disk.physical_block.max(BLOCK);
+        Ok(disk)
+    }
+
+    /// Bytes of the host's file system that the file takes; None for a block device.
+    pub(super) fn allocated(&self) -> Option<u64> {
+        // stat(2): st_blocks counts 512 bytes whatever the file system's blocks are.
+        let blocks = self.cached.metadata().ok()?.blocks();
+        (!self.block_device).then(|| blocks.saturating_mul(512))
     }
 
     /// Gives the file `bytes` bytes; a block device must have them already.
@@ -215,10 +246,14 @@ impl DiskFile {
             bytes,
             reason,
         };
-        if bytes == 0 || !bytes.is_multiple_of(SECTOR_SIZE) {
-            return Err(refuse(
-                "a disk has whole sectors; give a multiple of 512 above 0".to_owned(),
-            ));
+        let (whole, block) = match self.transient {
+            true => ("blocks", u64::from(BLOCK)),
+            false => ("sectors", SECTOR_SIZE),
+        };
+        if bytes == 0 || !bytes.is_multiple_of(block) {
+            return Err(refuse(format!(
+                "a disk has whole {whole}; give a multiple of {block} above 0"
+            )));
         }
         if self.readonly {
             return Err(refuse("the disk is read-only".to_owned()));
@@ -245,6 +280,17 @@ impl DiskFile {
     /// The descriptor that goes past the page cache, with what it demands.
     pub(super) fn direct(&self) -> Option<(&File, DirectAlignment)> {
         self.direct.as_ref().map(|(file, alignment)| (file, *alignment))
+    }
+}
+
+impl Drop for DiskFile {
+    fn drop(&mut self) {
+        // Others have it open too: whoever uses it again finds it empty, and until then it takes no room.
+        if self.transient
+            && let Err(error) = self.cached.set_len(0)
+        {
+            tracing::warn!(%error, "a scratch disk keeps its space until its file is closed");
+        }
     }
 }
 
@@ -326,7 +372,7 @@ fn open_direct(
 }
 
 /// Whether holes can be punched: asked for beyond the end, where it changes nothing.
-fn punch_probe(file: &File, size: u64) -> bool {
+pub(super) fn punch_probe(file: &File, size: u64) -> bool {
     use vmm_sys_util::fallocate::{FallocateMode, fallocate};
     fallocate(file, FallocateMode::PunchHole, true, size, SECTOR_SIZE).is_ok()
 }

@@ -12,11 +12,14 @@ mod file;
 pub(in crate::virtio) mod flusher;
 mod request;
 mod ring;
+mod scratch;
+mod storage;
 mod task;
 #[cfg(test)]
 mod tests;
 
 use std::error::Error;
+use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,6 +34,9 @@ use self::config::Config;
 use self::file::DiskFile;
 pub use self::file::{BlkError, LockRange};
 use self::request::{Limits, Operation, Request};
+pub use self::scratch::{BLOCK as SCRATCH_BLOCK, ScratchError, make_scratch};
+use self::storage::Storage;
+pub use self::storage::StorageNews;
 use self::task::Status;
 use super::device::{Activation, DeviceError, VirtioDevice};
 use super::state::{self, StateError};
@@ -147,6 +153,7 @@ struct Shared {
     /// Readable when the host finished something, or when there is more to do.
     event: EventFd,
     throttle: Option<Throttle>,
+    storage: Storage,
     counters: Counters,
 }
 
@@ -158,6 +165,22 @@ impl Blk {
     pub fn open(options: BlkOptions) -> Result<Self, BlkError> {
         options.check()?;
         let disk = DiskFile::open(&options.path, options.readonly, options.direct, options.lock_range)?;
+        Self::of(options, disk)
+    }
+
+    /// A scratch disk of `size` bytes on `file` (of [`make_scratch`]), which it empties now and when it is dropped: what the
+    /// pod writes there is in no other disk. `options.path` is the directory, for messages; of what says how a file is
+    /// opened, nothing counts.
+    ///
+    /// # Errors
+    /// When an option cannot be, or the file cannot have that size.
+    pub fn scratch(options: BlkOptions, file: File, size: u64) -> Result<Self, BlkError> {
+        options.check()?;
+        let disk = DiskFile::transient(&options.path, file, size)?;
+        Self::of(options, disk)
+    }
+
+    fn of(options: BlkOptions, disk: DiskFile) -> Result<Self, BlkError> {
         if !disk.size.is_multiple_of(request::SECTOR_SIZE) {
             tracing::warn!(
                 "disk {}: its last {} bytes are not a whole sector and are not seen by the pod",
@@ -193,6 +216,7 @@ impl Blk {
                 limits,
                 event,
                 throttle,
+                storage: Storage::default(),
                 counters: Counters::default(),
             },
         })
@@ -337,6 +361,12 @@ impl VirtioDevice for Blk {
     }
 
     fn save(&mut self) -> Result<Value, StateError> {
+        if self.shared.disk.transient {
+            return Err(StateError::Refused(
+                "its contents are in no file that a restored pod could have: take it out of the pod first (vm.remove-device)"
+                    .to_owned(),
+            ));
+        }
         if let Some(active) = &mut self.active {
             active.rest(&mut self.shared)?;
         }
@@ -355,9 +385,14 @@ impl VirtioDevice for Blk {
         let _ = self.shared.event.read();
     }
 
+    fn storage_news(&mut self) -> Option<StorageNews> {
+        self.shared.storage.take_news()
+    }
+
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let c = &self.shared.counters;
-        vec![
+        let allocated = self.shared.disk.allocated().map(|bytes| ("allocated_bytes", bytes));
+        let mut all = vec![
             ("read_bytes", c.read_bytes),
             ("write_bytes", c.write_bytes),
             ("read_ops", c.read_ops),
@@ -367,6 +402,8 @@ impl VirtioDevice for Blk {
             ("write_zeroes_ops", c.write_zeroes_ops),
             ("failed_ops", c.failed_ops),
             ("malformed_chains", c.malformed_chains),
-        ]
+        ];
+        all.extend(allocated);
+        all
     }
 }

@@ -52,6 +52,8 @@ pub(super) struct Task {
     pub(super) request: Request,
     durable: bool,
     retries: u8,
+    /// What the host refused it with, in the end.
+    pub(super) error: Option<i32>,
     /// Where bounced bytes go (IN).
     bounce: Vec<Segment>,
     /// Bytes of host memory it holds for bouncing.
@@ -84,6 +86,7 @@ impl Task {
             request,
             durable: mode.durable,
             retries: 0,
+            error: None,
             bounce: Vec::new(),
             bounced: 0,
             ranges: Vec::new(),
@@ -260,7 +263,10 @@ impl Task {
                 Next::Step(job)
             }
             (Op::Zero { .. }, _) if unable => job.tag.write_zeroes(),
-            _ => Next::Done(job.tag, Status::IoError, job.buffer.into_iovecs()),
+            _ => {
+                job.tag.error = Some(code);
+                Next::Done(job.tag, Status::IoError, job.buffer.into_iovecs())
+            }
         }
     }
 
