@@ -58,6 +58,7 @@ step "podvisor-api as a package of its own" cargo package -p podvisor-api --no-v
 step "licences, sources, duplicates (the advisory database is not reachable from here and is not checked)" \
     cargo deny --log-level error check licenses bans sources
 if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi
+step "demo in an emulated host" "${CARGO_TARGET_DIR:-target}/release/podvisor" demo --nested --json
 step "Linux pods in an emulated host" bash resources/nested/run.sh
 step "build of what shows private memory" cargo build --release -p podvisor-snp --example private_memory --locked --quiet
 step "private memory in an emulated host" bash resources/nested/private.sh

@@ -2,7 +2,9 @@
  * host and in a pod that have no libraries.
  *   duct vsock-connect CID PORT | vsock-listen PORT | unix-listen PATH | unix-connect PATH [LINE]
  * LINE is sent first and one line of answer is read and must begin with "OK " (the CONNECT of a hybrid vsock socket).
+ * A listener makes the file that DUCT_READY names once connections can come, and takes one.
  * The end of standard input shuts the sending side down; the program ends when the peer has done the same. */
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,6 +66,8 @@ int main(int argc, char **argv) {
         if (!vsock && argc > 3) greet(fd, argv[3]);
     } else {
         if (bind(fd, address, length) || listen(fd, 1)) die("listen");
+        const char *ready = getenv("DUCT_READY");
+        if (ready && open(ready, O_CREAT | O_WRONLY, 0644) < 0) die(ready);
         if ((fd = accept(fd, 0, 0)) < 0) die("accept");
     }
     carry(fd);

@@ -34,6 +34,10 @@ said() {
         usleep 50000
     done
 }
+# word NAME: what the pod has said after "pod: NAME "
+word() { sed -n "s/^.*pod: $1 //p" serial | tr -d '\r'; }
+# tell TEXT: prints it at once
+tell() { echo "    $*" >/dev/ttyS1; }
 # ended CODE: waits for podvisor's end, which must be with that exit code
 ended() { wait $monitor; code=$?; [ $code = "$1" ] || fail "podvisor ended with $code, not $1"; }
 ctl() { podvisor ctl --api-socket api "$@"; }

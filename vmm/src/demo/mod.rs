@@ -5,6 +5,7 @@
 pub mod agent;
 mod interrupt;
 mod monitor;
+mod nested;
 pub mod pattern;
 mod results;
 mod scratch;
@@ -31,6 +32,9 @@ pub struct DemoArgs {
     /// Run the same image unencrypted, as an ordinary VM: no report, no digest
     #[arg(long)]
     native: bool,
+    /// Run a real Linux pod in a host that is emulated in software: no /dev/kvm is needed, but the source tree's nested rig
+    #[arg(long, conflicts_with_all = ["native", "save_image"])]
+    nested: bool,
     /// Print one JSON object as the last line and nothing else on stdout
     #[arg(long)]
     json: bool,
@@ -57,8 +61,13 @@ pub fn run(args: &DemoArgs) -> u8 {
             }
         };
     }
+    if args.nested {
+        return nested::run(args.json);
+    }
     if let Err(error) = kvm_usable() {
-        eprintln!("podvisor: the demo needs a usable /dev/kvm: {error}");
+        eprintln!(
+            "podvisor: the demo needs a usable /dev/kvm ({error}); without one, --nested emulates a host that has it"
+        );
         return 2;
     }
     let mut results = Results::new(start, args.json);
@@ -66,16 +75,17 @@ pub fn run(args: &DemoArgs) -> u8 {
     if let Err(error) = &outcome {
         eprintln!("podvisor: the demo failed: {error}");
     }
-    for failure in results.failures() {
-        eprintln!("podvisor: check failed: {failure}");
-    }
-    print_results(args, &results);
+    tell(args.json, &results);
     u8::from(outcome.is_err() || !results.failures().is_empty())
 }
 
-#[expect(clippy::print_stdout, reason = "the command's output")]
-fn print_results(args: &DemoArgs, results: &Results) {
-    if args.json {
+/// The results: what failed on standard error, then the table or the object.
+#[expect(clippy::print_stdout, clippy::print_stderr, reason = "the command's output")]
+fn tell(json: bool, results: &Results) {
+    for failure in results.failures() {
+        eprintln!("podvisor: check failed: {failure}");
+    }
+    if json {
         println!("{}", results.json());
     } else {
         println!("{}", results.table());

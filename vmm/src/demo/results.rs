@@ -53,6 +53,12 @@ impl Results {
         }
     }
 
+    /// Whether a check of that name was made.
+    #[must_use]
+    pub(crate) fn has_check(&self, name: &str) -> bool {
+        self.checks.contains_key(name)
+    }
+
     /// Records a figure of the JSON object.
     pub(crate) fn figure(&mut self, name: &str, value: Value) {
         self.figures.insert(name.to_owned(), value);
