@@ -45,6 +45,15 @@ demo() {
     "$podvisor" demo --json && "$podvisor" demo --native
 }
 
+# Two builds of the pod image give the same bytes.
+pod_image() {
+    local made status=0; made=$(mktemp -d)
+    bash resources/pod-image/build.sh --output "$made/one" && (umask 077; bash resources/pod-image/build.sh --output "$made/two") &&
+        diff -r "$made/one" "$made/two" || status=1
+    rm -rf "$made"
+    return $status
+}
+
 [ -w /dev/kvm ] || echo "note: /dev/kvm is missing or not writable: the tests that boot a pod will say that they are skipped"
 step "rustfmt" cargo fmt --all --check
 step "rustfmt of the pod guest" cargo fmt --manifest-path resources/guest/Cargo.toml --check
@@ -60,6 +69,8 @@ step "licences, sources, duplicates (the advisory database is not reachable from
 if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi
 step "demo in an emulated host" "${CARGO_TARGET_DIR:-target}/release/podvisor" demo --nested --json
 step "Linux pods in an emulated host" bash resources/nested/run.sh
+step "the pod image, twice" pod_image
+step "pods of the pod image in an emulated host" bash resources/nested/run.sh --cases resources/pod-image/cases
 step "build of what shows private memory" cargo build --release -p podvisor-snp --example private_memory --locked --quiet
 step "private memory in an emulated host" bash resources/nested/private.sh
 if cargo +nightly --version >/dev/null 2>&1; then

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""initramfs.py OUT [--kernel DIR] ITEM...: writes an uncompressed initramfs (cpio "newc", Linux
+"""initramfs.py OUT [--kernel DIR] [--library DIR]... ITEM...: writes an uncompressed initramfs (cpio "newc", Linux
 Documentation/driver-api/early-userspace/buffer-format.rst). The same input gives the same bytes.
 
 ITEM is
   file=GUEST_PATH:HOST_PATH     a file (0755 if it is executable here, else 0644)
   tree=GUEST_PATH:HOST_PATH     a directory with all files below it
-  program=GUEST_PATH:HOST_PATH  a program with the shared libraries that ldd names
+  program=GUEST_PATH:HOST_PATH  a program with its shared libraries: those that ldd names or, with --library, those from
+                                such directories of unpacked packages
+  link=GUEST_PATH:TARGET        a symbolic link
   dir=GUEST_PATH                an empty directory
   module=NAME                   a module of the kernel unpacked in DIR, with all it depends on; they are put at
                                 /modules/NNN-NAME.ko in the order in which they can be loaded. One that is built into
@@ -50,8 +52,8 @@ class Modules:
 class Archive:
     """A cpio archive in memory: parents are made as needed, entries are written in the order of their names."""
 
-    def __init__(self):
-        self.entries = {}
+    def __init__(self, libraries=()):
+        self.entries, self.libraries = {}, libraries
 
     def put(self, path, content, mode):
         path = path.strip("/")
@@ -65,10 +67,29 @@ class Archive:
 
     def program(self, path, host):
         self.file(path, host)
+        if self.libraries:
+            self.needed(host)
+            return
         listed = subprocess.run(["ldd", host], capture_output=True, text=True, check=False).stdout
         for library in re.findall(r"(/[^ ]+) \(0x", listed):
             # The loader is named by its full path; the others are looked for in /lib.
             self.file(library if "/ld-linux" in library else "/lib/" + os.path.basename(library), library)
+
+    def needed(self, host):
+        """Adds the loader and the libraries that the ELF file `host` asks for, and what those ask for, from packages."""
+        told = subprocess.run(["readelf", "-W", "-l", "-d", host], capture_output=True, text=True, check=True).stdout
+        for name in re.findall(r"program interpreter: ([^\]]+)\]|Shared library: \[([^\]]+)\]", told):
+            path = name[0] or "/lib/" + name[1]
+            if path.strip("/") in self.entries or (name[1].startswith("ld-linux")):
+                continue
+            for folder in self.libraries:
+                found = [os.path.join(folder, base, "lib/x86_64-linux-gnu", os.path.basename(path)) for base in ("", "usr")]
+                if found := [file for file in found if os.path.exists(file)]:
+                    self.file(path, found[0])
+                    self.needed(found[0])
+                    break
+            else:
+                sys.exit(f"{host} needs {path}, which is in none of {' '.join(self.libraries)}")
 
     def write(self, out):
         with open(out, "wb") as file:
@@ -80,10 +101,14 @@ class Archive:
                 file.write(content + bytes(-len(content) % 4))
 
 
-def main(out, items):
-    archive, modules, wanted = Archive(), None, {}
-    if items[:1] == ["--kernel"]:
-        modules, items = Modules(items[1]), items[2:]
+def collect(items):
+    """The archive that the command line's options and items describe."""
+    options = {"--kernel": [], "--library": []}
+    while items[:1] and items[0] in options:
+        options[items[0]].append(items[1])
+        items = items[2:]
+    archive, wanted = Archive(options["--library"]), {}
+    modules = Modules(options["--kernel"][0]) if options["--kernel"] else None
     for item in items:
         kind, _, value = item.partition("=")
         guest, _, host = value.partition(":")
@@ -96,6 +121,8 @@ def main(out, items):
                     archive.file(guest + "/" + os.path.relpath(path, host), path)
         elif kind == "program":
             archive.program(guest, host)
+        elif kind == "link":
+            archive.put(guest, host.encode(), 0o120777)
         elif kind == "dir":
             archive.put(guest, b"", 0o040755)
         elif kind == "module" and modules:
@@ -104,8 +131,8 @@ def main(out, items):
             sys.exit(f"{item}: not understood (see the head of this file)")
     for order, (name, content) in enumerate(wanted.items()):
         archive.put(f"modules/{order:03}-{name}.ko", content, 0o100644)
-    archive.write(out)
+    return archive
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    collect(sys.argv[2:]).write(sys.argv[1])
