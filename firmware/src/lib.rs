@@ -6,6 +6,7 @@
 
 pub mod acpi;
 pub mod igvm;
+pub mod image;
 pub mod inspect;
 pub mod layout;
 pub mod linux;

@@ -1,6 +1,6 @@
 //! Writes launch plans as an IGVM file: one plan, or one for each of two platforms, which then share the pages that
 //! are the same in both. File data is 4 KiB-aligned, so that a launch can point the firmware at it, and each page
-//! content is stored once.
+//! content is stored once. Long runs of pages are taken as they are, without a look at their contents.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -15,6 +15,7 @@ use igvm_defs::{
 };
 use zerocopy::{Immutable, IntoBytes};
 
+use super::data::{Assembled, Data, same_bytes};
 use super::{IgvmError, PlanOptions, native, plan};
 use crate::plan::{
     GpaRange, IdBlock, IdPublicKey, IdSignature, LaunchPlan, PAGE_SIZE, PageKind, ParameterArea, ParameterKind,
@@ -23,6 +24,8 @@ use crate::plan::{
 use crate::vmsa::vmsa_page;
 
 const PAGE: usize = 4096;
+/// So many bytes of whole pages in a step are a run: a kernel, an initrd.
+const RUN: usize = 1 << 20;
 
 /// Version of the fixed header.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,6 +104,33 @@ pub enum BuildError {
 /// # Errors
 /// [`BuildError`]; whatever this returns as a file, [`super::plan`] accepts.
 pub fn build(plans: &[LaunchPlan<'_>], options: &BuildOptions) -> Result<Vec<u8>, BuildError> {
+    let file = assemble(plans, options)?.to_vec();
+    check(&file, plans)?;
+    Ok(file)
+}
+
+/// Checks that the reader takes `file`, which was made of `plans`.
+///
+/// # Errors
+/// [`BuildError::Invalid`].
+pub fn check(file: &[u8], plans: &[LaunchPlan<'_>]) -> Result<(), BuildError> {
+    for plan_of in plans {
+        plan(
+            file,
+            &PlanOptions {
+                platform: Some(plan_of.platform),
+                ..PlanOptions::default()
+            },
+        )?;
+    }
+    Ok(())
+}
+
+/// As [`build`], in parts that are not copied and not read again: [`check`] the file where it was written to.
+///
+/// # Errors
+/// [`BuildError`] but for [`BuildError::Invalid`].
+pub fn assemble<'p>(plans: &'p [LaunchPlan<'p>], options: &BuildOptions) -> Result<Assembled<'p>, BuildError> {
     let (first, second) = match plans {
         [one] => (one, None),
         [one, two] if one.platform != two.platform => (one, Some(two)),
@@ -146,17 +176,7 @@ pub fn build(plans: &[LaunchPlan<'_>], options: &BuildOptions) -> Result<Vec<u8>
         FormatVersion::V1 => false,
         FormatVersion::V2 => true,
     };
-    let file = writer.finish(v2)?;
-    for plan_of in plans {
-        plan(
-            &file,
-            &PlanOptions {
-                platform: Some(plan_of.platform),
-                ..PlanOptions::default()
-            },
-        )?;
-    }
-    Ok(file)
+    writer.finish(v2)
 }
 
 /// What a step becomes in the file.
@@ -166,6 +186,12 @@ enum Item<'p> {
         gpa: u64,
         kind: PageKind,
         data: Cow<'p, [u8]>,
+    },
+    /// Many pages, each with data.
+    Run {
+        gpa: u64,
+        kind: PageKind,
+        data: &'p [u8],
     },
     Insert {
         gpa: u64,
@@ -181,6 +207,7 @@ impl Item<'_> {
     fn key(&self) -> (u8, u64) {
         match self {
             Self::Page { gpa, .. } => (0, *gpa),
+            Self::Run { gpa, .. } => (4, *gpa),
             Self::Insert { gpa, .. } => (1, *gpa),
             Self::Vp {
                 platform: Platform::Native,
@@ -200,6 +227,7 @@ impl Item<'_> {
                 let zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
                 a == b || (a.is_empty() && zero(b)) || (b.is_empty() && zero(a))
             }
+            (Self::Run { data: a, .. }, Self::Run { data: b, .. }) => same_bytes(a, b),
             (Self::Insert { area: a, .. }, Self::Insert { area: b, .. }) => a == b,
             _ => false,
         }
@@ -247,7 +275,7 @@ fn items<'p>(plan: &'p LaunchPlan<'p>, options: &BuildOptions) -> Result<Vec<Ite
     if !options.preserve_order {
         items.sort_by_key(|item| match item {
             Item::Insert { .. } => 0,
-            Item::Page { .. } => 1,
+            Item::Page { .. } | Item::Run { .. } => 1,
             Item::Vp { .. } => 2,
         });
     }
@@ -266,8 +294,14 @@ fn pages<'p>(
     }
     // Only zeros that are measured as a NORMAL page are written out; they take one page of the file.
     let explicit = platform == Platform::SevSnp && kind == PageKind::Normal;
-    let mut chunks = data.chunks(PAGE);
-    for number in 0..len / PAGE_SIZE {
+    let mut first = 0;
+    let mut rest = data;
+    if data.len() >= RUN && kind != PageKind::Zero {
+        items.push(Item::Run { gpa, kind, data });
+        (first, rest) = ((data.len() as u64).div_ceil(PAGE_SIZE), &[]);
+    }
+    let mut chunks = rest.chunks(PAGE);
+    for number in first..len / PAGE_SIZE {
         let gpa = gpa
             .checked_add(number * PAGE_SIZE)
             .ok_or(BuildError::Unaligned { gpa, len })?;
@@ -354,8 +388,7 @@ struct Writer<'p> {
     headers: Vec<u8>,
     /// Positions in `headers` of file offsets.
     fixups: Vec<usize>,
-    data: Vec<u8>,
-    known_pages: HashMap<Cow<'p, [u8]>, u32>,
+    data: Data<'p>,
     areas: u32,
 }
 
@@ -369,17 +402,6 @@ impl<'p> Writer<'p> {
         self.headers.extend_from_slice(content);
         self.headers.resize(self.headers.len().next_multiple_of(8), 0);
         start
-    }
-
-    /// Stores a page, or finds it; returns its offset in the data.
-    fn page(&mut self, page: Cow<'p, [u8]>) -> Result<u32, BuildError> {
-        if let Some(at) = self.known_pages.get(&page) {
-            return Ok(*at);
-        }
-        let at = u32::try_from(self.data.len()).map_err(|_| BuildError::TooLarge)?;
-        self.data.extend_from_slice(&page);
-        self.known_pages.insert(page, at);
-        Ok(at)
     }
 
     fn platforms(&mut self, plans: &[LaunchPlan<'_>]) {
@@ -419,23 +441,21 @@ impl<'p> Writer<'p> {
         for (index, area) in (0..).zip(&areas) {
             let len = usize::try_from(area.len).ok().filter(|len| area.initial.len() <= *len);
             let len = len.ok_or(BuildError::Unaligned { gpa: 0, len: area.len })?;
-            let stored = if area.initial.is_empty() {
-                None
+            let stored = !area.initial.is_empty();
+            let file_offset = if stored {
+                let at = self.data.append(&area.initial)?;
+                self.data.at_least(at as usize + len.next_multiple_of(PAGE));
+                at
             } else {
-                Some(self.data.len())
+                0
             };
-            if let Some(start) = stored {
-                self.data.extend_from_slice(&area.initial);
-                self.data.resize((start + len).next_multiple_of(PAGE), 0);
-            }
-            let file_offset = u32::try_from(stored.unwrap_or(0)).map_err(|_| BuildError::TooLarge)?;
             let content = IGVM_VHS_PARAMETER_AREA {
                 number_of_bytes: area.len,
                 parameter_area_index: index,
                 file_offset,
             };
             let start = self.header(Vht::IGVM_VHT_PARAMETER_AREA, &content);
-            if stored.is_some() {
+            if stored {
                 self.fixups
                     .push(start + std::mem::offset_of!(IGVM_VHS_PARAMETER_AREA, file_offset));
             }
@@ -477,7 +497,24 @@ impl<'p> Writer<'p> {
 
     fn item(&mut self, item: &Item<'p>, mask: u32) -> Result<(), BuildError> {
         match item {
-            Item::Page { gpa, kind, data } => self.page_data(*gpa, *kind, data.clone(), mask),
+            Item::Page { gpa, kind, data } => {
+                let stored = match data {
+                    data if data.is_empty() => None,
+                    data => Some(self.data.page(data.clone())?),
+                };
+                self.page_data(*gpa, *kind, stored, mask);
+                Ok(())
+            }
+            Item::Run { gpa, kind, data } => {
+                let stored = self.data.run(data)?;
+                for number in 0..u32::try_from(data.len().div_ceil(PAGE)).map_err(|_| BuildError::TooLarge)? {
+                    // The run lies in the data, whose offsets are 32 bits wide; `pages` checked its addresses.
+                    let at = number.saturating_mul(4096);
+                    let gpa = gpa.saturating_add(u64::from(at));
+                    self.page_data(gpa, *kind, Some(stored.saturating_add(at)), mask);
+                }
+                Ok(())
+            }
             Item::Insert { gpa, .. } => {
                 let content = IGVM_VHS_PARAMETER_INSERT {
                     gpa: *gpa,
@@ -492,7 +529,8 @@ impl<'p> Writer<'p> {
         }
     }
 
-    fn page_data(&mut self, gpa: u64, kind: PageKind, data: Cow<'p, [u8]>, mask: u32) -> Result<(), BuildError> {
+    /// A page whose data are at `stored`; none: zeros, or what the firmware fills in.
+    fn page_data(&mut self, gpa: u64, kind: PageKind, stored: Option<u32>, mask: u32) {
         let data_type = match kind {
             PageKind::Secrets => IgvmPageDataType::SECRETS,
             PageKind::Cpuid => IgvmPageDataType::CPUID_DATA,
@@ -501,22 +539,19 @@ impl<'p> Writer<'p> {
         let flags = IgvmPageDataFlags::new()
             .with_unmeasured(kind == PageKind::Unmeasured)
             .with_shared(kind == PageKind::Shared);
-        let stored = !data.is_empty();
-        let file_offset = if stored { self.page(data)? } else { 0 };
         let content = IGVM_VHS_PAGE_DATA {
             gpa,
             compatibility_mask: mask,
-            file_offset,
+            file_offset: stored.unwrap_or(0),
             flags,
             data_type,
             reserved: 0,
         };
         let start = self.header(Vht::IGVM_VHT_PAGE_DATA, &content);
-        if stored {
+        if stored.is_some() {
             self.fixups
                 .push(start + std::mem::offset_of!(IGVM_VHS_PAGE_DATA, file_offset));
         }
-        Ok(())
     }
 
     fn vp_context(&mut self, platform: Platform, vp: &'p VpContext<'p>, mask: u32) -> Result<(), BuildError> {
@@ -538,7 +573,7 @@ impl<'p> Writer<'p> {
         let content = IGVM_VHS_VP_CONTEXT {
             gpa: gpa.into(),
             compatibility_mask: mask,
-            file_offset: self.page(page)?,
+            file_offset: self.data.page(page)?,
             vp_index: index,
             reserved: 0,
         };
@@ -568,7 +603,7 @@ impl<'p> Writer<'p> {
         self.header(Vht::IGVM_VHT_SNP_ID_BLOCK, &content);
     }
 
-    fn finish(mut self, v2: bool) -> Result<Vec<u8>, BuildError> {
+    fn finish(mut self, v2: bool) -> Result<Assembled<'p>, BuildError> {
         let too_large = |_| BuildError::TooLarge;
         let fixed_len = if v2 {
             size_of::<IGVM_FIXED_HEADER_V2>()
@@ -577,7 +612,7 @@ impl<'p> Writer<'p> {
         };
         let data_start = (fixed_len + self.headers.len()).next_multiple_of(PAGE);
         // The igvm crate refuses a file without file data.
-        self.data.resize(self.data.len().max(8), 0);
+        self.data.at_least(8);
         let base = u32::try_from(data_start).map_err(too_large)?;
         for at in &self.fixups {
             let Some(field) = self.headers.get_mut(*at..).and_then(|rest| rest.first_chunk_mut::<4>()) else {
@@ -597,7 +632,7 @@ impl<'p> Writer<'p> {
             },
             variable_header_offset: u32::try_from(fixed_len).map_err(too_large)?,
             variable_header_size: u32::try_from(self.headers.len()).map_err(too_large)?,
-            total_file_size: u32::try_from(data_start + self.data.len()).map_err(too_large)?,
+            total_file_size: u32::try_from(data_start as u64 + self.data.len()).map_err(too_large)?,
             checksum: 0,
             architecture: IgvmArchitecture::X64,
             page_size: 4096,
@@ -606,12 +641,11 @@ impl<'p> Writer<'p> {
         crc.update(fixed.as_bytes().get(..fixed_len).unwrap_or_default());
         crc.update(&self.headers);
         fixed.checksum = crc.finalize();
-        let mut file = Vec::with_capacity(data_start + self.data.len());
-        file.extend_from_slice(fixed.as_bytes().get(..fixed_len).unwrap_or_default());
-        file.extend_from_slice(&self.headers);
-        file.resize(data_start, 0);
-        file.extend_from_slice(&self.data);
-        Ok(file)
+        let mut head = Vec::with_capacity(data_start);
+        head.extend_from_slice(fixed.as_bytes().get(..fixed_len).unwrap_or_default());
+        head.extend_from_slice(&self.headers);
+        head.resize(data_start, 0);
+        Ok(Assembled::new(head, self.data))
     }
 }
 

@@ -3,6 +3,7 @@
 //! the headers, and every refusal names the header, its position and the reason.
 
 pub mod build;
+mod data;
 pub mod error;
 pub mod headers;
 mod native;
@@ -11,7 +12,8 @@ mod read;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use build::{BuildError, BuildOptions, FormatVersion, build};
+pub use build::{BuildError, BuildOptions, FormatVersion, assemble, build, check};
+pub use data::Assembled;
 pub use error::{IgvmError, Reason};
 pub use native::PAT_RESET;
 pub use read::{MAX_AREA_SIZE, MAX_HEADERS, MAX_PARAMETERS, PlatformInfo, plan, platforms};

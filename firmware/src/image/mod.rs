@@ -1,0 +1,331 @@
+//! Builds the image of a Linux pod: stage0, a measured manifest that says what is booted, and the kernel and initrd beside
+//! it, whose digests the manifest pins. The result is a launch plan a platform; `igvm::build` writes them as a file.
+//! What stage0 makes of the image is stage0's.
+
+pub mod kernel;
+mod manifest;
+mod place;
+pub mod read;
+#[cfg(test)]
+mod tests;
+pub mod unpack;
+
+use std::borrow::Cow;
+
+pub use self::kernel::{Kernel, KernelError, KernelForm, Unpacking};
+pub use self::place::{PlaceError, Places};
+pub use self::unpack::{UnpackError, unpack};
+use crate::acpi::AcpiError;
+use crate::plan::{
+    GpaRange, KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Parameter, ParameterArea, ParameterKind, Platform,
+    Segment, Step, VcpuState, VpContext,
+};
+use crate::stage0::abi;
+use crate::vmsa::vmsa_page;
+
+/// Most vCPUs that an image can be built for: the MADT of more does not fit into its page.
+pub const MAX_VCPUS: u32 = 251;
+
+/// stage0 as it is put into an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shim<'a> {
+    /// Its bytes, from [`abi::STAGE0_START`] on.
+    pub image: &'a [u8],
+    /// GPA of its first instruction, in 32-bit protected mode without paging.
+    pub entry: u64,
+    /// GPA where the memory ends that it uses beyond its bytes, page-aligned.
+    pub memory_end: u64,
+}
+
+/// The machine that the ACPI tables in the image describe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageMachine {
+    /// vCPUs that a pod can grow to, 1 to [`MAX_VCPUS`].
+    pub max_vcpus: u32,
+    /// PCI segments.
+    pub segments: u16,
+    /// Memory devices that can be plugged; none: 8 natively, 0 under SNP, where all memory is measured into being.
+    pub memory_slots: Option<u8>,
+}
+
+/// What an image is made of.
+pub struct ImageOptions<'a> {
+    /// stage0.
+    pub shim: Shim<'a>,
+    /// The kernel command line.
+    pub command_line: &'a str,
+    /// The machine.
+    pub machine: ImageMachine,
+    /// The SNP guest policy.
+    pub policy: u64,
+    /// Measure the payloads too: they lie in their places as measured pages.
+    pub measure_all: bool,
+    /// The kernel takes memory that is not accepted yet.
+    pub unaccepted_memory: bool,
+}
+
+/// Computes the SHA-256 of bytes.
+pub type Sha256<'d> = &'d dyn Fn(&[u8]) -> [u8; abi::DIGEST_LEN];
+
+/// Why an image cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The command line.
+    #[error("the command line {what}")]
+    CommandLine {
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The vCPUs.
+    #[error("{0} vCPUs at most: an image can be built for 1 to {max}", max = MAX_VCPUS)]
+    Vcpus(u32),
+    /// The machine cannot be described.
+    #[error("the ACPI tables")]
+    Acpi(#[from] AcpiError),
+    /// There is no place for something.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The manifest does not fit.
+    #[error(
+        "the manifest has {len} bytes and its room {room}: shorten the command line, or lower the vCPUs or segments that the image is for"
+    )]
+    Manifest {
+        /// Its length.
+        len: usize,
+        /// Its room.
+        room: u64,
+    },
+    /// stage0 does not fit into its room.
+    #[error("stage0 with {len} bytes, up to {end:#x}, does not fit between {start:#x} and {limit:#x}", start = abi::STAGE0_START, limit = abi::STAGE0_END)]
+    Shim {
+        /// Its length.
+        len: usize,
+        /// Where its memory ends.
+        end: u64,
+    },
+}
+
+/// An image whose plans can be made.
+pub struct LinuxImage<'a> {
+    options: ImageOptions<'a>,
+    kernel: &'a Kernel<'a>,
+    initrd: &'a [u8],
+    /// SHA-256 of each chunk of the kernel, then of the initrd.
+    chunks: Vec<u8>,
+    chunks_digest: [u8; abi::DIGEST_LEN],
+}
+
+impl<'a> LinuxImage<'a> {
+    /// Checks the parts and computes the digests of their chunks.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn new(
+        kernel: &'a Kernel<'a>,
+        initrd: &'a [u8],
+        options: ImageOptions<'a>,
+        sha256: Sha256<'_>,
+    ) -> Result<Self, ImageError> {
+        check_command_line(options.command_line, kernel.cmdline_size)?;
+        let max = options.machine.max_vcpus;
+        if !(1..=MAX_VCPUS).contains(&max) {
+            return Err(ImageError::Vcpus(max));
+        }
+        let shim = &options.shim;
+        let end = abi::STAGE0_START + (shim.image.len() as u64).next_multiple_of(PAGE_SIZE);
+        if end > shim.memory_end || shim.memory_end > abi::STAGE0_END || !shim.memory_end.is_multiple_of(PAGE_SIZE) {
+            return Err(ImageError::Shim {
+                len: shim.image.len(),
+                end: shim.memory_end,
+            });
+        }
+        // What cannot be placed need not be hashed.
+        Places::find(kernel, initrd.len() as u64, Platform::SevSnp, options.measure_all)?;
+        let chunk = usize::try_from(abi::CHUNK_SIZE).unwrap_or(usize::MAX);
+        let chunks: Vec<u8> = kernel
+            .payload
+            .chunks(chunk)
+            .chain(initrd.chunks(chunk))
+            .flat_map(sha256)
+            .collect();
+        let chunks_digest = sha256(&chunks);
+        Ok(Self {
+            options,
+            kernel,
+            initrd,
+            chunks,
+            chunks_digest,
+        })
+    }
+
+    /// Where everything lies on `platform`.
+    ///
+    /// # Errors
+    /// [`ImageError::Place`].
+    pub fn places(&self, platform: Platform) -> Result<Places, ImageError> {
+        let initrd = self.initrd.len() as u64;
+        Ok(Places::find(self.kernel, initrd, platform, self.options.measure_all)?)
+    }
+
+    /// The launch plan of `platform`, its steps in the order in which every loader measures them alike: parameters first,
+    /// then what the firmware fills, the measured pages, the rest, vCPUs last.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn plan(&self, platform: Platform) -> Result<LaunchPlan<'_>, ImageError> {
+        let snp = platform == Platform::SevSnp;
+        let places = self.places(platform)?;
+        let manifest = manifest::write(self, &places, platform)?;
+        let mut plan = LaunchPlan::new(platform);
+        plan.policy = snp.then_some(self.options.policy);
+        parameters(&mut plan);
+        if snp {
+            pages(
+                &mut plan,
+                abi::CPUID_PAGE,
+                PageKind::Cpuid,
+                Cow::Borrowed(&[]),
+                PAGE_SIZE,
+            );
+            pages(
+                &mut plan,
+                abi::SECRETS_PAGE,
+                PageKind::Secrets,
+                Cow::Borrowed(&[]),
+                PAGE_SIZE,
+            );
+        }
+        let shim = &self.options.shim;
+        pages(
+            &mut plan,
+            abi::MANIFEST_START,
+            PageKind::Normal,
+            Cow::Owned(manifest),
+            0,
+        );
+        pages(
+            &mut plan,
+            abi::STAGE0_START,
+            PageKind::Normal,
+            Cow::Borrowed(shim.image),
+            0,
+        );
+        let rest = abi::STAGE0_START + (shim.image.len() as u64).next_multiple_of(PAGE_SIZE);
+        if snp && rest < shim.memory_end {
+            pages(
+                &mut plan,
+                rest,
+                PageKind::Unmeasured,
+                Cow::Borrowed(&[]),
+                shim.memory_end - rest,
+            );
+        }
+        let kind = if self.options.measure_all || !snp {
+            PageKind::Normal
+        } else {
+            PageKind::Shared
+        };
+        pages(&mut plan, places.chunks, kind, Cow::Borrowed(&self.chunks), 0);
+        pages(
+            &mut plan,
+            places.kernel.staged,
+            kind,
+            Cow::Borrowed(&*self.kernel.payload),
+            0,
+        );
+        pages(&mut plan, places.initrd.staged, kind, Cow::Borrowed(self.initrd), 0);
+        let state = entry_state(shim.entry, snp);
+        let vmsa = if snp {
+            Cow::Owned(vmsa_page(&state).to_vec())
+        } else {
+            Cow::Borrowed(&[][..])
+        };
+        plan.vps.push(VpContext {
+            index: 0,
+            gpa: if snp { KVM_VMSA_GPA } else { 0 },
+            state,
+            vmsa,
+        });
+        plan.steps.push(Step::Vcpu { vp: 0 });
+        plan.required_memory = vec![
+            GpaRange {
+                start: abi::CPUID_PAGE,
+                len: abi::STAGE0_END - abi::CPUID_PAGE,
+            },
+            GpaRange {
+                start: self.kernel.dest,
+                len: places.end - self.kernel.dest,
+            },
+        ];
+        Ok(plan)
+    }
+}
+
+fn check_command_line(text: &str, most: usize) -> Result<(), ImageError> {
+    let refuse = |what| Err(ImageError::CommandLine { what });
+    if let Some(at) = text.bytes().position(|byte| byte == 0) {
+        return refuse(format!("has a NUL at byte {at}; leave it out"));
+    }
+    if text.len() > most {
+        return refuse(format!(
+            "has {} bytes, and this kernel takes {most}; shorten it",
+            text.len()
+        ));
+    }
+    Ok(())
+}
+
+/// One page each for what the host tells: vCPUs, memory, MADT.
+fn parameters(plan: &mut LaunchPlan<'_>) {
+    let parameters = [
+        (abi::VP_COUNT_PAGE, ParameterKind::VpCount),
+        (abi::MEMORY_MAP_PAGE, ParameterKind::MemoryMap),
+        (abi::MADT_PAGE, ParameterKind::Madt),
+    ];
+    for (area, (gpa, kind)) in parameters.into_iter().enumerate() {
+        plan.areas.push(ParameterArea {
+            len: PAGE_SIZE,
+            initial: Cow::Borrowed(&[]),
+            parameters: vec![Parameter { kind, offset: 0 }],
+        });
+        plan.steps.push(Step::Parameters { gpa, area });
+    }
+}
+
+/// Adds the pages of `data`, and at least `least` bytes.
+fn pages<'a>(plan: &mut LaunchPlan<'a>, gpa: u64, kind: PageKind, data: Cow<'a, [u8]>, least: u64) {
+    let len = (data.len() as u64).max(least).next_multiple_of(PAGE_SIZE);
+    if len > 0 {
+        plan.steps.push(Step::Pages { gpa, len, kind, data });
+    }
+}
+
+/// 32-bit protected mode without paging; EBX tells the platform. Without paging every access of an encrypted guest is to
+/// private memory, so that stage0 needs no C-bit before it knows where it is.
+fn entry_state(entry: u64, snp: bool) -> VcpuState {
+    const PROTECTED: u64 = 0x11;
+    let code = Segment {
+        selector: 0x08,
+        attrib: 0xC9B,
+        limit: u32::MAX,
+        base: 0,
+    };
+    let data = Segment {
+        selector: 0x10,
+        attrib: 0xC93,
+        ..code
+    };
+    VcpuState {
+        rip: entry,
+        rbx: u64::from(if snp { abi::PLATFORM_SNP } else { abi::PLATFORM_NATIVE }),
+        cr0: PROTECTED,
+        cs: code,
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        ss: data,
+        sev_features: u64::from(snp),
+        ..VcpuState::reset()
+    }
+}
