@@ -174,17 +174,50 @@ pub enum PredictError {
 /// # Errors
 /// [`PredictError`] names the step and what is wrong with it.
 pub fn predict(plan: &LaunchPlan<'_>, vcpus: u32) -> Result<Prediction, PredictError> {
+    let mut last = Err(PredictError::Vcpus(vcpus));
+    predict_each(plan, vcpus, |prediction| last = Ok(prediction))?;
+    last
+}
+
+/// As [`predict`], for every count from 1 to `vcpus`, in order, at the cost of one.
+///
+/// # Errors
+/// As [`predict`].
+pub fn predict_each(plan: &LaunchPlan<'_>, vcpus: u32, mut each: impl FnMut(Prediction)) -> Result<(), PredictError> {
     if plan.platform != Platform::SevSnp {
         return Err(PredictError::Platform(plan.platform));
     }
     if !(1..=65536).contains(&vcpus) {
         return Err(PredictError::Vcpus(vcpus));
     }
+    let (mut chain, mut measured_bytes) = measure_pages(plan)?;
+    for index in 0..vcpus {
+        let context = u16::try_from(index)
+            .ok()
+            .and_then(|index| plan.vcpu_state(index))
+            .ok_or(PredictError::NoContext)?;
+        chain.update_vmsa(&vmsa_page(&context.state));
+        measured_bytes += PAGE_SIZE;
+        each(Prediction {
+            digest: chain.current,
+            measured_bytes,
+            pages: chain.pages(),
+        });
+    }
+    Ok(())
+}
+
+/// The digest before the first VMSA, and the bytes that it measures.
+fn measure_pages(plan: &LaunchPlan<'_>) -> Result<(LaunchDigest, u64), PredictError> {
     let mut chain = LaunchDigest::new();
     let mut measured = 0;
     let zero_page = sha384(&[0; PAGE_LEN]);
     for range in firmware_steps(plan) {
         let range = range?;
+        // Pages that the firmware never sees are not looked at.
+        if range.kind == PageKind::Shared {
+            continue;
+        }
         if chain.pages().saturating_add(range.len / PAGE_SIZE) > MAX_PAGES {
             return Err(PredictError::TooManyPages);
         }
@@ -199,20 +232,7 @@ pub fn predict(plan: &LaunchPlan<'_>, vcpus: u32) -> Result<Prediction, PredictE
             chain.update(range.kind, gpa, &contents);
         }
     }
-    for index in 0..vcpus {
-        let context = u16::try_from(index)
-            .ok()
-            .and_then(|index| plan.vcpu_state(index))
-            .ok_or(PredictError::NoContext)?;
-        chain.update_vmsa(&vmsa_page(&context.state));
-        measured += PAGE_SIZE;
-    }
-    let pages = chain.pages();
-    Ok(Prediction {
-        digest: chain.finish(),
-        measured_bytes: measured,
-        pages,
-    })
+    Ok((chain, measured))
 }
 
 /// One range of pages of one kind, as the launch handles it.

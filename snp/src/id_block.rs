@@ -6,6 +6,7 @@ use aws_lc_rs::signature::{
     ECDSA_P384_SHA384_FIXED, ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, KeyPair, UnparsedPublicKey,
 };
 use podvisor_firmware::plan::{IdBlock, IdPublicKey, IdSignature};
+use x509_cert::der::pem;
 
 use crate::digest::sha384;
 use crate::ecdsa;
@@ -270,6 +271,32 @@ impl Signer {
             .map_err(|_| SignerError("is not PKCS #8 DER of a P-384 key"))
     }
 
+    /// A private key in PEM: SEC 1 (`EC PRIVATE KEY`, RFC 5915) or PKCS #8 (`PRIVATE KEY`), not encrypted. Other sections
+    /// and text around it are skipped.
+    ///
+    /// # Errors
+    /// When there is none, or it is no P-384 key.
+    pub fn from_pem(text: &[u8]) -> Result<Self, SignerError> {
+        const REFUSED: &str = "is not the PEM of an unencrypted P-384 private key (EC PRIVATE KEY or PRIVATE KEY)";
+        let find = |what: &str| text.windows(what.len()).position(|part| part == what.as_bytes());
+        for label in ["EC PRIVATE KEY", "PRIVATE KEY"] {
+            let (head, tail) = (format!("-----BEGIN {label}-----"), format!("-----END {label}-----"));
+            let Some((start, end)) = find(&head).zip(find(&tail)) else {
+                continue;
+            };
+            let Some(section) = text.get(start..end + tail.len()) else {
+                continue;
+            };
+            let Ok((_, der)) = pem::decode_vec(section) else {
+                continue;
+            };
+            return EcdsaKeyPair::from_private_key_der(&ECDSA_P384_SHA384_FIXED_SIGNING, &der)
+                .map(Self)
+                .map_err(|_| SignerError(REFUSED));
+        }
+        Err(SignerError(REFUSED))
+    }
+
     fn public(&self) -> IdPublicKey {
         let (qx, qy) = ecdsa::coordinates(self.0.public_key().as_ref());
         IdPublicKey {
@@ -389,5 +416,28 @@ mod tests {
         assert_eq!(status(&other, &proof, &[7; 48], 0x30000), 0xA);
         other[0x50] = 2;
         assert_eq!(status(&other, &proof, &[7; 48], 0x30000), 0x16);
+    }
+
+    /// Made by openssl; PKCS #8 and SEC 1 of one key, and a P-256 key.
+    const PKCS8: &str = include_str!("../tests/data/p384-pkcs8.pem");
+    const SEC1: &str = include_str!("../tests/data/p384-sec1.pem");
+    const P256: &str = include_str!("../tests/data/p256-pkcs8.pem");
+
+    #[test]
+    fn keys_come_in_both_forms_of_pem() {
+        let public = |text: &str| Signer::from_pem(text.as_bytes()).map(|signer| signer.public());
+        let key = public(PKCS8).unwrap();
+        assert_eq!(public(SEC1).unwrap(), key);
+        let with_parameters =
+            format!("-----BEGIN EC PARAMETERS-----\nBgUrgQQAIg==\n-----END EC PARAMETERS-----\n{SEC1}");
+        assert_eq!(public(&with_parameters).unwrap(), key);
+        for wrong in [
+            P256,
+            "",
+            "-----BEGIN PRIVATE KEY-----\n!\n-----END PRIVATE KEY-----\n",
+            "-----END PRIVATE KEY----------BEGIN PRIVATE KEY-----",
+        ] {
+            assert!(public(wrong).is_err(), "{wrong}");
+        }
     }
 }

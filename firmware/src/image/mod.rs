@@ -20,7 +20,7 @@ use crate::plan::{
     GpaRange, KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Parameter, ParameterArea, ParameterKind, Platform,
     Segment, Step, VcpuState, VpContext,
 };
-use crate::stage0::abi;
+use crate::stage0::{self, abi};
 use crate::vmsa::vmsa_page;
 
 /// Most vCPUs that an image can be built for: the MADT of more does not fit into its page.
@@ -35,6 +35,18 @@ pub struct Shim<'a> {
     pub entry: u64,
     /// GPA where the memory ends that it uses beyond its bytes, page-aligned.
     pub memory_end: u64,
+}
+
+impl Shim<'static> {
+    /// The one that podvisor is built with.
+    #[must_use]
+    pub fn embedded() -> Self {
+        Self {
+            image: stage0::IMAGE,
+            entry: stage0::ENTRY,
+            memory_end: abi::STAGE0_START + stage0::MEMORY_LEN.next_multiple_of(PAGE_SIZE),
+        }
+    }
 }
 
 /// The machine that the ACPI tables in the image describe.

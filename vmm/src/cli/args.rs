@@ -18,7 +18,8 @@ Examples:
   Boot an IGVM image on the emulated SEV-SNP processor (protects nothing), sized by the pod's limits:
     podvisor --igvm pod.igvm --platform isolation=snp-emulated --pod handler=kata-cc,memory_limit=512Mi,cpu_limit=1 \\
              --fs tag=data,shared_dir=/srv/data --disk path=disk.img --vsock cid=3,socket=/run/pod/vsock.sock
-  Predict the launch digest of an image, and look into it:
+  Build an image of a kernel and an initrd, predict its launch digest, and look into it:
+    podvisor igvm build --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0' --output pod.igvm
     podvisor measure pod.igvm --vcpus 2
     podvisor igvm inspect pod.igvm";
 
@@ -57,6 +58,8 @@ pub(crate) enum Command {
 /// Tools for IGVM images.
 #[derive(Debug, Subcommand)]
 pub(crate) enum IgvmCommand {
+    /// Build an image of a Linux kernel and an initrd.
+    Build(Box<super::igvm_build::BuildArgs>),
     /// Print what an image holds and does.
     Inspect(InspectArgs),
 }

@@ -3,6 +3,7 @@
 
 mod args;
 mod ctl;
+mod igvm_build;
 mod inspect;
 mod measure;
 mod refused;
@@ -60,6 +61,9 @@ pub fn run(start: Instant) -> ExitCode {
         Some(Command::Igvm {
             command: IgvmCommand::Inspect(args),
         }) => inspect::run(&args),
+        Some(Command::Igvm {
+            command: IgvmCommand::Build(args),
+        }) => igvm_build::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
