@@ -97,9 +97,9 @@ pub const GED_IRQ: u32 = 5;
 pub const ACPI_SHUTDOWN_PORT: u16 = 0x600;
 /// Written to [`ACPI_SHUTDOWN_PORT`]: SLP_EN with the sleep type of S5, power off.
 pub const ACPI_S5: u8 = 0x34;
-/// Written to [`ACPI_SHUTDOWN_PORT`]: SLP_EN with a sleep type of podvisor's own, for a guest that does not boot what it was
-/// given; the reason code (`docs/stage0.md`) was written to [`DEBUG_PORT`] before.
-pub const ACPI_REFUSED: u8 = 0x3C;
+/// Low byte of what a guest that does not boot what it was given writes to [`ACPI_SHUTDOWN_PORT`]: SLP_EN with a sleep type of
+/// podvisor's own (6). The high byte is the reason code (`docs/stage0.md`).
+pub const ACPI_REFUSED: u8 = 0x38;
 /// ACPI power-management timer.
 pub const ACPI_PM_TIMER_PORT: u16 = 0x608;
 /// i8042 command port; 0xFE resets.

@@ -3,6 +3,8 @@
 
 #[path = "../stage0/src/abi.rs"]
 pub mod abi;
+#[path = "../stage0/src/codes.rs"]
+pub mod codes;
 
 mod built {
     //! What the build script found out.

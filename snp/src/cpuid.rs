@@ -13,6 +13,10 @@ pub const C_BIT: u32 = 51;
 pub const EMULATION_LEAF: u32 = 0x4000_0100;
 /// The MSR that stands for PVALIDATE in the emulation.
 pub const MSR_VALIDATE: u32 = 0x504F_4456;
+/// The MSR by which a guest makes the emulation an ordinary VM.
+pub const MSR_HAND_OVER: u32 = 0x504F_4457;
+/// Version of the interface to the emulation.
+const EMULATION_VERSION: u32 = 2;
 /// Largest order that [`MSR_VALIDATE`] takes.
 pub const VALIDATE_MAX_ORDER: u32 = 18;
 
@@ -112,9 +116,10 @@ fn emulation_leaves() -> [Leaf; 2] {
         },
         Leaf {
             eax_in: EMULATION_LEAF + 1,
-            eax: 1,
+            eax: EMULATION_VERSION,
             ebx: MSR_VALIDATE,
             ecx: VALIDATE_MAX_ORDER,
+            edx: MSR_HAND_OVER,
             ..Leaf::default()
         },
     ]

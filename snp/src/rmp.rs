@@ -233,6 +233,16 @@ impl PageStates {
         run
     }
 
+    /// Makes all RAM shared as it is. Only the emulation can do that: no real guest's contents outlive a conversion.
+    pub fn share_in_place(&self) {
+        for region in &self.regions {
+            let all = 0..region.pages;
+            region.validated.set(&all, false);
+            region.launched.set(&all, false);
+            region.private.set(&all, false);
+        }
+    }
+
     /// Whether the launch has imported any frame of `gfns`.
     #[must_use]
     pub fn any_launched(&self, gfns: Range<u64>) -> bool {
@@ -338,6 +348,16 @@ mod tests {
         assert!(states.is_validated(0..63));
         assert_eq!(states.validate(69..71, true), Validation::NotPrivate);
         assert_eq!(states.validate(0..0, true), Validation::NotPrivate);
+    }
+
+    #[test]
+    fn all_is_shared_in_place_at_once() {
+        let states = states();
+        states.convert(0..70, true, |_, _| {});
+        states.mark_launched(3..5);
+        states.share_in_place();
+        assert!(states.is_shared(0, 70 * 4096) && states.is_shared(0x1_0000_0000, 1000 * 4096));
+        assert!(!states.any_launched(0..70) && !states.is_validated(3..4));
     }
 
     #[test]

@@ -13,7 +13,7 @@
 mod guest;
 
 use guest::*;
-use podvisor_snp::emulated::{Guest, MSR_GHCB, MSR_SEV_STATUS, MSR_VALIDATE, Runtime, RuntimeOptions};
+use podvisor_snp::emulated::{Guest, MSR_GHCB, MSR_HAND_OVER, MSR_SEV_STATUS, MSR_VALIDATE, Runtime, RuntimeOptions};
 use podvisor_snp::guest_message::{Header, seal};
 use podvisor_snp::processor::MsrOutcome;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -98,6 +98,31 @@ fn validation_follows_the_rmp() {
             "{value:#x}"
         );
     }
+}
+
+#[test]
+fn a_hand_over_keeps_memory_and_ends_the_emulation() {
+    let sandbox = sandbox();
+    let gpa = 300 * 4096;
+    assert_eq!(sandbox.validate(300, 0, true), (0, false));
+    sandbox.put(gpa, b"kernel");
+    for value in [0, 2, 1 << 32 | 1] {
+        let refused = sandbox.runtime.write_msr(0, MSR_HAND_OVER, value);
+        assert_eq!(refused, MsrOutcome::Fault, "{value:#x}");
+    }
+    assert!(!sandbox.runtime.pages().is_shared(gpa, 1));
+    assert_eq!(
+        sandbox.runtime.write_msr(1, MSR_HAND_OVER, 1),
+        MsrOutcome::Value(1),
+        "any vCPU may"
+    );
+    assert!(sandbox.runtime.pages().is_shared(0, PAGES * 4096));
+    assert_eq!(sandbox.get(gpa, 6), b"kernel");
+    assert_eq!(sandbox.runtime.read_msr(0, MSR_SEV_STATUS), MsrOutcome::Value(0));
+    for (msr, value) in [(MSR_GHCB, 0x002), (MSR_VALIDATE, gpa | 1), (MSR_HAND_OVER, 1)] {
+        assert_eq!(sandbox.runtime.write_msr(0, msr, value), MsrOutcome::Fault);
+    }
+    assert_eq!(sandbox.runtime.read_msr(0, MSR_GHCB), MsrOutcome::Fault);
 }
 
 #[test]

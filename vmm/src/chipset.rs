@@ -22,6 +22,7 @@ use podvisor_devices::pci::{Bdf, PciRoot, Window};
 use podvisor_firmware::acpi::AcpiMachine;
 use podvisor_firmware::layout;
 use podvisor_firmware::plan::GpaRange;
+use podvisor_firmware::stage0::codes;
 
 use crate::consoles::Consoles;
 use crate::kvm::KvmHypervisor;
@@ -94,6 +95,10 @@ impl ExitSink for Asks {
         self.0.give(match reason {
             ExitReason::PowerOff => PodExit::Shutdown,
             ExitReason::Reset => PodExit::Reset,
+            ExitReason::Refused(code) => PodExit::Terminated {
+                set: codes::REASON_SET,
+                code,
+            },
         });
     }
 }

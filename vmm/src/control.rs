@@ -13,6 +13,8 @@ use event_manager::{EventManager, EventOps, EventSet, Events as Ready, MutEventS
 use podvisor_api::events::What;
 use podvisor_api::types::{RestoreConfig, VmConfig};
 
+use podvisor_firmware::stage0::codes;
+
 use crate::api_socket::ApiSocket;
 use crate::pod::{Events, PodError, PodSlot};
 use crate::sandbox::landlock::Grant;
@@ -241,6 +243,14 @@ impl Monitor {
                 let long = self.pod.boot_may_take_long() || self.pod.stop_may_take_long();
                 self.meanwhile(long, PodSlot::reboot)
             }
+            PodExit::Terminated {
+                set: codes::REASON_SET,
+                code,
+            } => Err(ControlError::Stopped(format!(
+                "stage0 refused to boot the pod: {} (reason set {} code {code}); the serial port says more",
+                codes::words(code),
+                codes::REASON_SET
+            ))),
             PodExit::Terminated { set, code } => Err(ControlError::Stopped(format!(
                 "the confidential guest asked to be terminated, reason set {set} code {code}"
             ))),

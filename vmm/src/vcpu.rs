@@ -42,9 +42,9 @@ pub enum PodExit {
     Shutdown,
     /// It asked for a reset, or triple-faulted.
     Reset,
-    /// A confidential guest asked to be terminated.
+    /// A confidential guest asked to be terminated, or stage0 refused to boot one that is not.
     Terminated {
-        /// Reason code set (GHCB 2.3.1; 1 is Linux's).
+        /// Reason code set (GHCB 2.3.1; 1 is Linux's, 2 is podvisor's).
         set: u8,
         /// Reason code.
         code: u8,

@@ -19,6 +19,8 @@ const S5: u8 = 5;
 const POWER_OFF: u8 = S5 << 2 | 1 << 5;
 /// The FADT's reset value.
 const RESET: u8 = 1;
+/// The same with SLP_TYP 6, which is podvisor's own: with a reason code in a second byte, stage0's refusal on a plain VM.
+const REFUSED: u8 = 6 << 2 | 1 << 5;
 /// ACPI 6.5 4.8.3.3.
 const PM_TIMER_HZ: u128 = 3_579_545;
 
@@ -41,9 +43,10 @@ impl BusDevice for AcpiPower {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        match (offset, data.first()) {
-            (0, Some(&POWER_OFF)) => self.sink.exit(ExitReason::PowerOff),
-            (0, Some(&RESET)) => self.sink.exit(ExitReason::Reset),
+        match (offset, data) {
+            (0, [POWER_OFF, ..]) => self.sink.exit(ExitReason::PowerOff),
+            (0, [RESET, ..]) => self.sink.exit(ExitReason::Reset),
+            (0, [REFUSED, code]) => self.sink.exit(ExitReason::Refused(*code)),
             _ => {}
         }
     }

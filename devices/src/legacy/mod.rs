@@ -32,6 +32,8 @@ pub enum ExitReason {
     PowerOff,
     /// Reset: the pod starts again.
     Reset,
+    /// stage0 does not boot what it was given, for the reason of this code.
+    Refused(u8),
 }
 
 /// Takes the guest's wish to end; called on a vCPU thread, so it only passes it on.

@@ -55,13 +55,20 @@ fn power_off_and_the_two_resets() {
     ports.write(0x600, &[0x34]);
     ports.write(0x600, &[1]);
     ports.write(0x64, &[0xFE]);
+    ports.write(0x600, &[0x38, 10]);
     assert_eq!(
         exits.take(),
-        [ExitReason::PowerOff, ExitReason::Reset, ExitReason::Reset]
+        [
+            ExitReason::PowerOff,
+            ExitReason::Reset,
+            ExitReason::Reset,
+            ExitReason::Refused(10)
+        ]
     );
     for (port, byte) in [
         (0x600, 0),
         (0x600, 0x14),
+        (0x600, 0x38),
         (0x601, 0x34),
         (0x64, 0xD1),
         (0x60, 0xFE),

@@ -47,7 +47,7 @@ pub(crate) fn run(platform: &'static dyn Platform) -> Result<core::convert::Infa
     } else {
         Ranges::default()
     };
-    let engine = engine(platform);
+    let engine = engine(platform, &image);
     let job = Job {
         platform,
         image,
@@ -131,12 +131,17 @@ fn known(platform: &dyn Platform, image: &Image<'_>) -> Result<Ranges, Refusal> 
     Ok(known)
 }
 
-/// How this processor hashes.
-fn engine(platform: &dyn Platform) -> Engine {
+/// How this processor hashes. Payloads of a few pages need no special instructions, and hypervisors that interpret ring 0 claim
+/// some that they do not know.
+fn engine(platform: &dyn Platform, image: &Image<'_>) -> Engine {
+    const SMALL: u64 = 256 << 10;
     const SSSE3: u32 = 1 << 9;
     const SSE41: u32 = 1 << 19;
     const BMI2: u32 = 1 << 8;
     const SHA: u32 = 1 << 29;
+    if image.payloads().all(|payload| payload.len <= SMALL) {
+        return Engine::Software;
+    }
     let [_, _, features, _] = platform.cpuid(1, 0);
     let [_, more, _, _] = platform.cpuid(7, 0);
     if more & SHA != 0 && features & (SSSE3 | SSE41) == SSSE3 | SSE41 {

@@ -7,6 +7,7 @@ pub mod abi;
 pub mod accept;
 pub mod acpi;
 pub mod boot_params;
+pub mod codes;
 #[path = "../../src/layout.rs"]
 pub mod layout;
 pub mod madt;

@@ -1,9 +1,8 @@
-//! Why stage0 does not boot what it was given: the reasons, their words and their termination codes.
+//! Why stage0 does not boot what it was given: the reasons, and their words; their codes are in `codes`.
 
 use core::fmt;
 
-/// Reason code set of the GHCB termination request that is podvisor's (AMD 56421 2.3.1: 0 is general, 1 is Linux's).
-pub const REASON_SET: u8 = 2;
+use crate::codes;
 
 /// Which payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,20 +121,20 @@ impl Refusal {
     #[must_use]
     pub fn code(&self) -> u8 {
         match self {
-            Self::Cpuid(_) => 1,
-            Self::Accept { .. } => 2,
-            Self::Ghcb { .. } => 3,
-            Self::Manifest { .. } => 4,
-            Self::MemoryMap { .. } => 5,
-            Self::VcpuCount { .. } => 6,
-            Self::Madt { .. } => 7,
-            Self::NotRam { .. } => 8,
-            Self::ChunkList => 9,
-            Self::Payload { .. } => 10,
-            Self::Acpi(_) => 11,
-            Self::BootParams(_) => 12,
-            Self::Exception { .. } => 13,
-            Self::Internal(_) => 14,
+            Self::Cpuid(_) => codes::CPUID,
+            Self::Accept { .. } => codes::ACCEPT,
+            Self::Ghcb { .. } => codes::GHCB,
+            Self::Manifest { .. } => codes::MANIFEST,
+            Self::MemoryMap { .. } => codes::MEMORY_MAP,
+            Self::VcpuCount { .. } => codes::VCPU_COUNT,
+            Self::Madt { .. } => codes::MADT,
+            Self::NotRam { .. } => codes::NOT_RAM,
+            Self::ChunkList => codes::CHUNK_LIST,
+            Self::Payload { .. } => codes::PAYLOAD,
+            Self::Acpi(_) => codes::ACPI,
+            Self::BootParams(_) => codes::BOOT_PARAMS,
+            Self::Exception { .. } => codes::EXCEPTION,
+            Self::Internal(_) => codes::INTERNAL,
         }
     }
 }

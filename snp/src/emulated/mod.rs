@@ -35,10 +35,10 @@ use crate::vcpu_state;
 pub const MSR_GHCB: u32 = 0xC001_0130;
 /// The SEV_STATUS MSR.
 pub const MSR_SEV_STATUS: u32 = 0xC001_0131;
-pub use crate::cpuid::MSR_VALIDATE;
+pub use crate::cpuid::{MSR_HAND_OVER, MSR_VALIDATE};
 
 /// Every MSR of the emulation: what a monitor lets through to [`Processor::write_msr`] and [`Processor::read_msr`].
-pub const MSRS: [u32; 3] = [MSR_GHCB, MSR_SEV_STATUS, MSR_VALIDATE];
+pub const MSRS: [u32; 4] = [MSR_GHCB, MSR_SEV_STATUS, MSR_VALIDATE, MSR_HAND_OVER];
 
 /// Faults that tests put into the launch.
 #[derive(Clone, Debug, Default)]

@@ -2,7 +2,7 @@
 //! Knows guest memory but no KVM. Whatever a guest writes costs a bounded amount of work and no memory.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use podvisor_firmware::plan::PAGE_SIZE;
@@ -10,7 +10,7 @@ use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::ghcb::{self, Exit};
 use super::guest::Guest;
-use super::{MSR_GHCB, MSR_SEV_STATUS};
+use super::{MSR_GHCB, MSR_HAND_OVER, MSR_SEV_STATUS};
 use crate::cpuid::{C_BIT, Leaf, MSR_VALIDATE, VALIDATE_MAX_ORDER};
 use crate::private_memory::{PrivateMemory, PrivateMemoryError};
 use crate::processor::MsrOutcome;
@@ -110,6 +110,8 @@ pub struct Runtime {
     cpuid: Mutex<Vec<Leaf>>,
     guest: Mutex<Option<Guest>>,
     sev_status: AtomicU64,
+    /// The guest gave the emulation up: it is an ordinary VM.
+    handed_over: AtomicBool,
     size_mismatch: bool,
 }
 
@@ -142,6 +144,7 @@ impl Runtime {
             cpuid: Mutex::new(Vec::new()),
             guest: Mutex::new(None),
             sev_status: AtomicU64::new(0b111),
+            handed_over: AtomicBool::new(false),
             size_mismatch: options.size_mismatch,
         }
     }
@@ -207,10 +210,15 @@ impl Runtime {
         let Some(port) = self.ports.get(vcpu as usize) else {
             return MsrOutcome::Fault;
         };
+        if self.handed_over.load(Ordering::Acquire) {
+            return MsrOutcome::Fault;
+        }
         match number {
             MSR_GHCB if value.trailing_zeros() >= 12 => self.vmgexit(port, value),
             MSR_GHCB => self.msr_protocol(port, value),
             MSR_VALIDATE => self.validate(port, value),
+            // What is in KVM's private memory cannot be shared in place.
+            MSR_HAND_OVER if value == 1 && self.private().is_none() => self.hand_over(),
             _ => MsrOutcome::Fault,
         }
     }
@@ -220,12 +228,29 @@ impl Runtime {
         let Some(port) = self.ports.get(vcpu as usize) else {
             return MsrOutcome::Fault;
         };
+        if self.handed_over.load(Ordering::Acquire) {
+            // As an ordinary processor that knows the MSR has it: nothing is active.
+            return match number {
+                MSR_SEV_STATUS => MsrOutcome::Value(0),
+                _ => MsrOutcome::Fault,
+            };
+        }
         match number {
             MSR_GHCB => MsrOutcome::Value(port.ghcb_msr.load(Ordering::Acquire)),
             MSR_SEV_STATUS => MsrOutcome::Value(self.sev_status.load(Ordering::Acquire)),
             MSR_VALIDATE => MsrOutcome::Value(port.validation.load(Ordering::Acquire)),
             _ => MsrOutcome::Fault,
         }
+    }
+
+    /// The guest goes on as one without SEV: all memory is shared as it is. There is no such thing on hardware.
+    fn hand_over(&self) -> MsrOutcome {
+        let _changing = lock(&self.changing);
+        self.pages.share_in_place();
+        self.handed_over.store(true, Ordering::Release);
+        *self.guest() = None;
+        tracing::info!("the guest gave up the emulated SEV-SNP: its memory is shared with the host");
+        MsrOutcome::Value(1)
     }
 
     fn msr_protocol(&self, port: &Port, request: u64) -> MsrOutcome {

@@ -62,6 +62,12 @@ pub(crate) fn out8(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// Writes two bytes to an I/O port.
+pub(crate) fn out16(port: u16, value: u16) {
+    // SAFETY: port I/O reaches devices only.
+    unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags)) };
+}
+
 /// Makes changes of the page tables take effect.
 pub(crate) fn flush_tlb() {
     // SAFETY: CR3 is loaded with what it holds.

@@ -44,11 +44,12 @@ impl Platform for Native {
         Ok(())
     }
 
-    /// The code goes to the debug port. The sleep state is one of podvisor's own, which its monitor takes for a failure;
-    /// S5 is for others.
+    /// A sleep type that podvisor's monitor takes for a refusal; S5 is for others.
     fn end(&self, code: u8) -> ! {
-        cpu::out8(layout::DEBUG_PORT, code);
-        cpu::out8(layout::ACPI_SHUTDOWN_PORT, layout::ACPI_REFUSED);
+        cpu::out16(
+            layout::ACPI_SHUTDOWN_PORT,
+            u16::from_le_bytes([layout::ACPI_REFUSED, code]),
+        );
         cpu::out8(layout::ACPI_SHUTDOWN_PORT, layout::ACPI_S5);
         cpu::stop()
     }

@@ -3,8 +3,9 @@
 
 use stage0::PAGE;
 use stage0::abi;
+use stage0::codes::REASON_SET;
 use stage0::manifest::Range;
-use stage0::refusal::{REASON_SET, Refusal};
+use stage0::refusal::Refusal;
 
 use super::ghcb::Ghcb;
 use super::{Platform, Stuck};
@@ -16,7 +17,7 @@ const SNP_ACTIVE: u64 = 0b111;
 /// PVALIDATE: the host maps the page in another size; go on by 4 KiB.
 const SIZE_MISMATCH: u32 = 6;
 const LARGE: u64 = 2 << 20;
-/// Hash of the leaf that says that the emulated processor has a hand-over MSR, and which.
+/// The leaf whose EDX is the number of the emulation's hand-over MSR.
 const EMULATION_LEAF: u32 = 0x4000_0101;
 /// GHCB MSR protocol: termination.
 const TERMINATE: u64 = 0x100;
