@@ -64,7 +64,7 @@ pub fn lay_out(
     table.fill(0);
     put(table, 0, b"XSDT").ok_or(ROOM)?;
     put(table, LENGTH, &(xsdt_len as u32).to_le_bytes()).ok_or(ROOM)?;
-    put(table, 8, b"\x01\0PODVSRPODVISOR\x01\0\0\0").ok_or(ROOM)?;
+    put(table, 8, b"\x01\0PODVSRPODVISOR\x01\0\0\0RVAT\0\0\0\x01").ok_or(ROOM)?;
     for (index, listed) in [fadt, madt, mcfg].into_iter().enumerate() {
         put(table, HEADER + index * 8, &at(listed).to_le_bytes()).ok_or(ROOM)?;
     }

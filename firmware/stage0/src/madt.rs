@@ -155,7 +155,7 @@ pub fn make(table: &mut [u8], vcpus: u32) -> Option<usize> {
     put(table, 0, b"APIC")?;
     put(table, LENGTH, &u32::try_from(len).ok()?.to_le_bytes())?;
     put(table, 8, &[5])?;
-    put(table, 10, b"PODVSRPODVISOR\x01\0\0\0")?;
+    put(table, 10, b"PODVSRPODVISOR\x01\0\0\0RVAT\0\0\0\x01")?;
     put(table, 36, &u32::try_from(layout::APIC_START).ok()?.to_le_bytes())?;
     let mut at = HEADER;
     for vcpu in 0..vcpus {

@@ -15,10 +15,10 @@ use zerocopy::IntoBytes;
 
 use super::kernel::kernel;
 
-const KERNEL_DEST: u64 = 0x0100_0000;
+pub(crate) const KERNEL_DEST: u64 = 0x0100_0000;
 const INITRD_DEST: u64 = 0x0180_0000;
-const KERNEL_STAGED: u64 = 0x0200_0000;
-const INITRD_STAGED: u64 = 0x0280_0000;
+pub(crate) const KERNEL_STAGED: u64 = 0x0200_0000;
+pub(crate) const INITRD_STAGED: u64 = 0x0280_0000;
 pub(crate) const CHUNKS: u64 = 0x0300_0000;
 
 fn sha256(bytes: &[u8]) -> [u8; 32] {
