@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn all_is_shared_in_place_at_once() {
         let states = states();
-        states.convert(0..70, true, |_, _| {});
+        convert(&states, 0..70, true);
         states.mark_launched(3..5);
         states.share_in_place();
         assert!(states.is_shared(0, 70 * 4096) && states.is_shared(0x1_0000_0000, 1000 * 4096));
