@@ -82,17 +82,20 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
 
-cc -O2 -static -o "$work/duct" "$here/duct.c"
-pod_items=("file=/bin/busybox:/bin/busybox" "file=/bin/duct:$work/duct" "file=/init:$here/l2/init"
+pod_items=("file=/bin/busybox:/bin/busybox" "file=/init:$here/l2/init"
     dir=/dev dir=/proc dir=/sys dir=/tmp)
 for module in virtio_pci virtio_blk virtio-rng virtio_console virtiofs vmw_vsock_virtio_transport virtio_net virtio_balloon virtio_mem \
     virtio_pmem nd_pmem pvpanic-pci ptp_kvm button evdev; do pod_items+=("module=$module"); done
 printf %s "$runs" >"$work/run-these"
-host_items=(--kernel "$host" "file=/bin/busybox:/bin/busybox" "file=/bin/duct:$work/duct" "file=/init:$here/l1/init"
+host_items=(--kernel "$host" "file=/bin/busybox:/bin/busybox" "file=/init:$here/l1/init"
     "file=/lib.sh:$here/l1/lib.sh" "file=/run-these:$work/run-these"
     "program=/bin/podvisor:$podvisor"
     "program=/bin/mkfs.ext4:$(command -v mkfs.ext4)" "program=/bin/e2fsck:$(command -v e2fsck)"
     dir=/dev dir=/proc dir=/sys dir=/tmp module=kvm_amd module=tun)
+for tool in duct files; do
+    cc -O2 -static -o "$work/$tool" "$here/$tool.c"
+    host_items+=("file=/bin/$tool:$work/$tool") pod_items+=("file=/bin/$tool:$work/$tool")
+done
 # Debian 12 has it in qemu-system-common, with options of its own; later ones have a package.
 if [ -x /usr/libexec/virtiofsd ]; then host_items+=("program=/bin/virtiofsd:/usr/libexec/virtiofsd")
 elif [ -x /usr/lib/qemu/virtiofsd ]; then
@@ -117,7 +120,8 @@ python3 "$here/initramfs.py" "$work/host" "${host_items[@]}"
 
 # Without cmpxchg16b: QEMU 7.2 loses the flags when a nested exit comes right after one, and newer kernels use it to allocate.
 processor=max,+svm,-cx16
-# The host's clock stays the TSC however long the emulation is kept from running, or kvmclock has no pair to give.
+# However long the emulation is kept from running, the host's clock stays the TSC, or kvmclock has no pair to give; and its
+# kernel does not take a late timer for a broken one.
 # Its console goes to a file, its second serial port carries the results.
 # Open at both ends from here on, so that nobody waits for a machine that does not start.
 mkfifo "$work/results"; exec 3<>"$work/results"
@@ -125,7 +129,7 @@ sed -u 's/\r$//' <"$work/results" 3>&- | tee "$work/out" 3>&- & printer=$!
 # Should this script be killed outright, they go with it.
 setpriv --pdeathsig TERM timeout -k 5 "$seconds" setpriv --pdeathsig KILL \
     qemu-system-x86_64 -accel tcg -cpu "$processor" -m 3G -display none -no-reboot -nodefaults -no-user-config \
-    -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 tsc=reliable rdinit=/init" \
+    -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rdinit=/init" \
     -serial "file:$work/console" -serial "file:$work/results" </dev/null 3>&- >"$work/qemu" 2>&1 &
 qemu=$!
 wait "$qemu" || true

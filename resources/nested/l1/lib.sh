@@ -20,7 +20,8 @@ start() {
 }
 # image PLATFORM: the case's image, with its command line in it, as ./image
 image() {
-    podvisor igvm build --kernel /pod/vmlinuz --initrd /pod/initramfs --cmdline "$cmdline" --platform $1 --output image >build 2>&1 ||
+    rm -f image
+    podvisor igvm build --kernel /pod/vmlinuz --initrd /pod/initramfs --cmdline "$cmdline" --platform $1 --output image --sbom none >build 2>&1 ||
         fail "podvisor igvm build: $(cat build)"
 }
 fail() { echo "FAILED: $*"; exit 1; }
@@ -44,3 +45,12 @@ ctl() { podvisor ctl --api-socket api "$@"; }
 # tree DIR: names, kinds, sizes and content of all that is below DIR, as one checksum; the same in host and pod
 tree() { (cd "$1" && { find . | sort | xargs stat -c '%n %f %h'; find . -type f | sort | xargs sha256sum
     find . -type l | sort | xargs -n 1 readlink; }) | sha256sum; }
+# serve DIR: Debian's virtiofsd for ./DIR at ./DIR.sock, its words in ./DIR.log, its process $server
+serve() {
+    if [ -e /etc/virtiofsd-of-qemu ]; then
+        virtiofsd -f -o sandbox=chroot -o source=$PWD/$1 -o allow_direct_io --socket-path=$1.sock >$1.log 2>&1 &
+    else virtiofsd --sandbox=chroot --shared-dir=$PWD/$1 --allow-direct-io --socket-path=$1.sock >$1.log 2>&1 &
+    fi
+    server=$!
+    until [ -S $1.sock ]; do [ -e /proc/$server ] || fail "virtiofsd: $(cat $1.log)"; usleep 20000; done
+}
