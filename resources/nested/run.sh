@@ -120,8 +120,10 @@ python3 "$here/initramfs.py" "$work/host" "${host_items[@]}"
 
 # Without cmpxchg16b: QEMU 7.2 loses the flags when a nested exit comes right after one, and newer kernels use it to allocate.
 processor=max,+svm,-cx16
-# However long the emulation is kept from running, the host's clock stays the TSC, or kvmclock has no pair to give; and its
-# kernel does not take a late timer for a broken one.
+# However long the emulation is kept from running, the host's clock stays the TSC, or kvmclock has no pair to give; its
+# kernel does not take a late timer for a broken one; and it is told the TSC's frequency, or its seconds have another length.
+cc -O2 -o "$work/tsc" "$here/tsc.c"
+clock="tsc=reliable tsc_early_khz=$("$work/tsc") no_timer_check"
 # Its console goes to a file, its second serial port carries the results.
 # Open at both ends from here on, so that nobody waits for a machine that does not start.
 mkfifo "$work/results"; exec 3<>"$work/results"
@@ -129,7 +131,7 @@ sed -u 's/\r$//' <"$work/results" 3>&- | tee "$work/out" 3>&- & printer=$!
 # Should this script be killed outright, they go with it.
 setpriv --pdeathsig TERM timeout -k 5 "$seconds" setpriv --pdeathsig KILL \
     qemu-system-x86_64 -accel tcg -cpu "$processor" -m 3G -display none -no-reboot -nodefaults -no-user-config \
-    -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rdinit=/init" \
+    -kernel "$host"/boot/vmlinuz-* -initrd "$work/host" -append "console=ttyS0 quiet panic=-1 $clock rdinit=/init" \
     -serial "file:$work/console" -serial "file:$work/results" </dev/null 3>&- >"$work/qemu" 2>&1 &
 qemu=$!
 wait "$qemu" || true
