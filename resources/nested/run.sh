@@ -43,8 +43,8 @@ for folder in "${folders[@]}"; do
 done
 all=$(printf '%s\n' "${!at[@]}" | sort)
 [ -z "$list" ] || { echo "$all"; exit; }
-# What is to be run, a line each: label, case, mode, kernel; the modes and kernels in use, and the sum of the limits.
-runs='' modes='' kernels='' seconds=120
+# What is to be run, a line each: label, case, mode, kernel; and the sum of the limits.
+runs='' seconds=120
 # add LABEL CASE MODE KERNEL
 add() {
     local script=${at[$2]:-}/host mode why
@@ -54,7 +54,7 @@ add() {
     while IFS=: read -r mode why; do
         case $3-$4 in ${mode# }) echo "CASE $1 skipped:$why"; return ;; esac
     done < <(sed -n 's/^# not in://p' "$script")
-    runs+="$1 $2 $3 $4"$'\n' modes+="$3 " kernels+="$4 "
+    runs+="$1 $2 $3 $4"$'\n'
     seconds=$((seconds + $(limit "$script")))
 }
 limit() { sed -n 's/^# limit: \([0-9]*\) s$/\1/p' "$1" | grep . || echo 120; }
@@ -68,7 +68,7 @@ for spec; do
     esac
 done
 [ -n "$runs" ] || { echo "RIG done"; exit; }
-cases=$(cut -d' ' -f2 <<<"$runs" | sort -u)
+cases=$(cut -d' ' -f2 <<<"$runs" | sort -u) kernels=$(cut -d' ' -f4 <<<"$runs" | sort -u)
 [ -x "$podvisor" ] || wrong "no podvisor at $podvisor: build it, or give --podvisor PATH"
 need_nested
 kernel "$host_kernel"; host=$kernel_dir
@@ -107,12 +107,14 @@ for name in $cases; do
     host_items+=("tree=/cases/$name:${at[$name]}")
     [ ! -f "${at[$name]}/pod" ] || pod_items+=("file=/cases/$name:${at[$name]}/pod")
 done
-# What a directory of cases needs beside: its rig.sh adds to host_items and pod_items, and may use $work for what it makes.
+# What a directory of cases needs beside: its rig.sh adds to host_items and pod_items, may use $work for what it makes, and
+# finds the kernels in use in $kernels.
 for folder in "${folders[@]}"; do if [ -f "$folder/rig.sh" ]; then . "$folder/rig.sh"; fi; done
-for version in $(tr ' ' '\n' <<<"$kernels" | sort -u); do
+for version in $kernels; do
     kernel "$version"
     python3 "$here/initramfs.py" "$work/pod-$version" --kernel "$kernel_dir" "${pod_items[@]}"
     host_items+=("file=/pod/$version/initramfs:$work/pod-$version")
+    modes=$(awk -v version="$version" '$4 == version {print $3}' <<<"$runs")
     case $modes in *pvh*) host_items+=("file=/pod/$version/vmlinux:$kernel_dir/vmlinux") ;; esac
     case $modes in *bzimage* | *igvm*) host_items+=("file=/pod/$version/vmlinuz:$(echo "$kernel_dir"/boot/vmlinuz-*)") ;; esac
 done

@@ -8,13 +8,14 @@ start() {
     : >serial
     set -- --cpus boot=$cpus --memory size=$memory --serial $serial --console $console "$@"
     cmdline="console=ttyS0 quiet panic=-1 case=$name $more_cmdline"
+    isolation=
     case $mode in
         pvh) set -- --kernel /pod/vmlinux --initramfs /pod/initramfs --cmdline "$cmdline" "$@" ;;
         bzimage) set -- --kernel /pod/vmlinuz --initramfs /pod/initramfs --cmdline "$cmdline" "$@" ;;
         igvm) image native; set -- --igvm image "$@" ;;
-        igvm-snp) image snp; set -- --igvm image "$@"; platform=${platform:+$platform,}isolation=snp-emulated ;;
+        igvm-snp) image snp; set -- --igvm image "$@"; isolation=${platform:+,}isolation=snp-emulated ;;
     esac
-    [ -z "$platform" ] || set -- --platform $platform "$@"
+    [ -z "$platform$isolation" ] || set -- --platform "$platform$isolation" "$@"
     podvisor -v --api-socket api "$@" <$keys >>$screen 2>log &
     monitor=$!
 }
