@@ -139,6 +139,18 @@ pub fn pvh_entries(map: &[MemoryRange]) -> Vec<u8> {
     bytes
 }
 
+/// The map as Linux's `boot_e820_entry` array (arch/x86/include/uapi/asm/bootparam.h): 20 bytes each.
+#[must_use]
+pub fn e820_entries(map: &[MemoryRange]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(map.len().saturating_mul(20));
+    for range in map {
+        bytes.extend_from_slice(&range.start.to_le_bytes());
+        bytes.extend_from_slice(&range.len.to_le_bytes());
+        bytes.extend_from_slice(&range.kind.e820_type().to_le_bytes());
+    }
+    bytes
+}
+
 /// The map as the IGVM parameter: entries sorted by address, then one of zero pages. Ranges are cut to whole pages.
 #[must_use]
 pub fn igvm_entries(map: &[MemoryRange]) -> Vec<u8> {
@@ -233,7 +245,11 @@ mod tests {
     #[test]
     fn the_forms_agree() {
         let map = memory_map(5 << 30, LIMIT).unwrap();
-        assert_eq!(pvh_entries(&map).len(), 4 * 24);
+        let (pvh, e820) = (pvh_entries(&map), e820_entries(&map));
+        assert_eq!((pvh.len(), e820.len()), (4 * 24, 4 * 20));
+        for (pvh, e820) in pvh.chunks(24).zip(e820.chunks(20)) {
+            assert_eq!((&pvh[..20], &pvh[20..]), (e820, &[0; 4][..]));
+        }
         let igvm = igvm_entries(&map);
         assert_eq!(igvm.len(), 5 * 24);
         assert_eq!(igvm[24..40], [0x100u64, 0xBFF00].map(u64::to_le_bytes).concat());

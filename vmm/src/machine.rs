@@ -25,7 +25,8 @@ use podvisor_devices::virtio::pci::{Standing, VirtioPci, Watch, add_to};
 use podvisor_firmware::acpi::{AcpiMachine, AcpiTables};
 use podvisor_firmware::igvm::{self, PlanOptions};
 use podvisor_firmware::layout;
-use podvisor_firmware::linux::{ImageKind, detect, pvh};
+use podvisor_firmware::linux::place::Given;
+use podvisor_firmware::linux::{self, ImageKind, detect};
 use podvisor_firmware::machine::MachineDescription;
 use podvisor_firmware::memory_map::memory_map;
 use podvisor_firmware::plan::{LaunchPlan, Platform};
@@ -468,7 +469,13 @@ fn plan_image<'i>(
         )));
     }
     let tables = AcpiTables::build(acpi).during("ACPI tables")?;
-    pvh::plan(image, initrd, &boot.cmdline, description, Some(&tables)).during(what())
+    let given = Given {
+        initrd,
+        cmdline: &boot.cmdline,
+        machine: description,
+        acpi: Some(&tables),
+    };
+    linux::plan(image, &given).during(what())
 }
 
 /// Creates the VM with its memory and local APICs.

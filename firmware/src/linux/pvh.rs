@@ -1,29 +1,23 @@
 //! Plans the boot of a PVH kernel: an ELF file with a Xen PHYS32_ENTRY note, entered in 32-bit protected mode with
 //! the address of an `hvm_start_info` in EBX (Xen docs/misc/pvh.pandoc, public/arch-x86/hvm/start_info.h).
 
-use std::borrow::Cow;
-
 use zerocopy::{Immutable, IntoBytes};
 
 use super::elf::{Elf, ElfError};
-use super::{ImageKind, detect};
-use crate::acpi::AcpiTables;
+use super::place::{Given, PlaceError, Plan};
 use crate::layout;
 use crate::machine::MachineDescription;
 use crate::memory_map::pvh_entries;
-use crate::plan::{LaunchPlan, PAGE_SIZE, PageKind, Platform, Segment, Step, VcpuState, VpContext};
+use crate::plan::{LaunchPlan, Segment, VcpuState};
 
 /// Type of the note that holds the 32-bit entry point (Xen public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 /// `hvm_start_info.magic`.
 const START_INFO_MAGIC: u32 = 0x336E_C578;
 
-/// Why a kernel cannot be booted.
+/// Why an ELF kernel cannot be booted.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PvhError {
-    /// Not an ELF file.
-    #[error("the kernel is {0}; an uncompressed ELF kernel (vmlinux) with a PVH entry is needed")]
-    Format(&'static str),
     /// A malformed ELF file.
     #[error("kernel: {0}")]
     Elf(#[from] ElfError),
@@ -43,32 +37,9 @@ pub enum PvhError {
         /// What it breaks.
         rule: &'static str,
     },
-    /// The initrd has no room between kernel and end of low memory.
-    #[error("an initrd of {len} bytes does not fit between the kernel's end {kernel_end:#x} and {ram_end:#x}")]
-    Initrd {
-        /// Its length.
-        len: usize,
-        /// Where the kernel ends.
-        kernel_end: u64,
-        /// Where low memory ends.
-        ram_end: u64,
-    },
-    /// A command line that the kernel could not read whole.
-    #[error("a command line of {0} bytes: at most 65535, and no NUL")]
-    CommandLine(usize),
-    /// A memory map with more entries than there is room for.
-    #[error("a memory map of {0} entries: at most 341")]
-    MemoryMap(usize),
-    /// The pod's memory does not hold what the boot needs there.
-    #[error("{what} needs RAM at {start:#x}+{len:#x}, which the pod does not have")]
-    NoRam {
-        /// What.
-        what: &'static str,
-        /// First byte.
-        start: u64,
-        /// Length.
-        len: u64,
-    },
+    /// It does not fit into the pod.
+    #[error("kernel: {0}")]
+    Place(#[from] PlaceError),
 }
 
 #[derive(IntoBytes, Immutable)]
@@ -86,82 +57,33 @@ struct StartInfo {
     reserved: u32,
 }
 
-/// Plans the boot of `kernel` on the native platform, with an initrd high in low memory, and the ACPI tables if
-/// there are any. The command line is the argument's; that of `machine` is for IGVM.
+/// Plans the boot of `kernel`.
 ///
 /// # Errors
 /// [`PvhError`].
-pub fn plan<'a>(
-    kernel: &'a [u8],
-    initrd: Option<&'a [u8]>,
-    cmdline: &str,
-    machine: &MachineDescription,
-    acpi: Option<&AcpiTables>,
-) -> Result<LaunchPlan<'a>, PvhError> {
-    match detect(kernel) {
-        ImageKind::Elf => {}
-        ImageKind::BzImage => {
-            return Err(PvhError::Format(
-                "a bzImage (compressed kernel), which is not supported",
-            ));
-        }
-        ImageKind::Igvm => return Err(PvhError::Format("an IGVM file")),
-        ImageKind::Unknown => return Err(PvhError::Format("of no known format")),
-    }
-    if cmdline.len() >= layout::CMDLINE_MAX_SIZE || cmdline.contains('\0') {
-        return Err(PvhError::CommandLine(cmdline.len()));
-    }
+pub fn plan<'a>(kernel: &'a [u8], given: &Given<'a, '_>) -> Result<LaunchPlan<'a>, PvhError> {
+    let command_line = given.command_line(usize::MAX)?;
     let elf = Elf::read(kernel)?;
     let entry = entry(&elf)?;
-    let low_start = acpi.map_or(layout::EBDA_START, |t| t.gpa.saturating_add(t.bytes.len() as u64));
-    let kernel_end = check_segments(&elf, entry, low_start, machine)?;
-    let low = GPA_LOW_END.max(layout::CMDLINE_START + layout::CMDLINE_MAX_SIZE as u64);
-    if !machine.is_ram(0, low) {
-        return Err(PvhError::NoRam {
-            what: "boot information",
-            start: 0,
-            len: low,
-        });
-    }
+    let low_start = given
+        .acpi
+        .map_or(layout::EBDA_START, |t| t.gpa.saturating_add(t.bytes.len() as u64));
+    let kernel_end = check_segments(&elf, entry, low_start, given.machine)?;
+    let initrd = given.place_initrd(kernel_end, u64::MAX)?;
 
-    let mut plan = LaunchPlan::new(Platform::Native);
-    let mut put = |gpa, len, data: Cow<'a, [u8]>| {
-        plan.steps.push(Step::Pages {
-            gpa,
-            len,
-            kind: PageKind::Normal,
-            data,
-        });
-    };
+    let mut plan = Plan::new();
     for segment in &elf.segments {
-        put(segment.paddr, segment.memsz, Cow::Borrowed(segment.data));
+        plan.put(segment.paddr, segment.memsz, segment.data);
     }
-    let module = match initrd {
-        Some(initrd) => {
-            let gpa = place_initrd(initrd.len(), kernel_end, machine)?;
-            put(gpa, initrd.len() as u64, Cow::Borrowed(initrd));
-            Some([gpa, initrd.len() as u64, 0, 0])
-        }
-        None => None,
-    };
-    for (gpa, bytes) in boot_information(module, cmdline, machine, acpi)? {
-        put(gpa, bytes.len() as u64, Cow::Owned(bytes));
+    if let Some((gpa, bytes)) = initrd {
+        plan.put_all(gpa, bytes);
     }
-    if let Some(acpi) = acpi {
-        put(acpi.gpa, acpi.bytes.len() as u64, Cow::Owned(acpi.bytes.clone()));
+    let module = initrd.map(|(gpa, bytes)| [gpa, bytes.len() as u64, 0, 0]);
+    for (gpa, bytes) in boot_information(module, command_line, given)? {
+        plan.put_all(gpa, bytes);
     }
-    plan.steps.push(Step::Vcpu { vp: 0 });
-    plan.vps.push(VpContext {
-        index: 0,
-        gpa: 0,
-        state: entry_state(entry),
-        vmsa: Cow::Borrowed(&[]),
-    });
-    Ok(plan)
+    Ok(plan.finish(given.acpi, entry_state(entry)))
 }
-
-/// Where GDT, start info, module list and memory map end at most.
-const GPA_LOW_END: u64 = layout::PML4_START;
 
 fn entry(elf: &Elf<'_>) -> Result<u64, PvhError> {
     let note = elf.note(b"Xen", XEN_ELFNOTE_PHYS32_ENTRY).ok_or(PvhError::NoEntry)?;
@@ -206,37 +128,18 @@ fn check_segments(elf: &Elf<'_>, entry: u64, low_start: u64, machine: &MachineDe
     Ok(end)
 }
 
-fn place_initrd(len: usize, kernel_end: u64, machine: &MachineDescription) -> Result<u64, PvhError> {
-    let ram_end = machine
-        .ram_range(layout::HIGH_RAM_START)
-        .map_or(layout::HIGH_RAM_START, |range| range.start.saturating_add(range.len))
-        .min(layout::MEM_32BIT_RESERVED_START);
-    // The kernel's end counts when it is in low memory only.
-    let kernel_end = if kernel_end > layout::RAM_64BIT_START {
-        layout::HIGH_RAM_START
-    } else {
-        kernel_end
-    };
-    let gpa = ram_end.checked_sub(len as u64).map(|start| start - start % PAGE_SIZE);
-    gpa.filter(|start| *start >= kernel_end).ok_or(PvhError::Initrd {
-        len,
-        kernel_end,
-        ram_end,
-    })
-}
-
 /// GDT, start info, module list, memory map and command line, at their places.
 fn boot_information(
     module: Option<[u64; 4]>,
-    cmdline: &str,
-    machine: &MachineDescription,
-    acpi: Option<&AcpiTables>,
-) -> Result<Vec<(u64, Vec<u8>)>, PvhError> {
-    let memmap = pvh_entries(&machine.memory);
-    let entries = machine.memory.len();
-    if memmap.len() as u64 > layout::PML4_START - layout::PVH_MEMMAP_START {
-        return Err(PvhError::MemoryMap(entries));
-    }
+    command_line: Vec<u8>,
+    given: &Given<'_, '_>,
+) -> Result<Vec<(u64, Vec<u8>)>, PlaceError> {
+    let memmap = pvh_entries(&given.machine.memory);
+    let entries = given.machine.memory.len();
+    let room = layout::PML4_START - layout::PVH_MEMMAP_START;
+    let max = usize::try_from(room / 24).unwrap_or(0);
+    let memmap_entries = u32::try_from(entries).ok().filter(|_| entries <= max);
+    let memmap_entries = memmap_entries.ok_or(PlaceError::MemoryMap { entries, max })?;
     let start_info = StartInfo {
         magic: START_INFO_MAGIC,
         version: 1,
@@ -244,17 +147,15 @@ fn boot_information(
         nr_modules: u32::from(module.is_some()),
         modlist_paddr: if module.is_some() { layout::PVH_MODLIST_START } else { 0 },
         cmdline_paddr: layout::CMDLINE_START,
-        rsdp_paddr: acpi.map_or(0, |acpi| acpi.rsdp_gpa),
+        rsdp_paddr: given.acpi.map_or(0, |acpi| acpi.rsdp_gpa),
         memmap_paddr: layout::PVH_MEMMAP_START,
-        memmap_entries: u32::try_from(entries).map_err(|_| PvhError::MemoryMap(entries))?,
+        memmap_entries,
         reserved: 0,
     };
     let gdt: Vec<u8> = [0, GDT_CODE, GDT_DATA, GDT_TSS]
         .iter()
         .flat_map(|entry: &u64| entry.to_le_bytes())
         .collect();
-    let mut command_line = cmdline.as_bytes().to_vec();
-    command_line.push(0);
     let mut placed = vec![
         (layout::BOOT_GDT_START, gdt),
         (layout::BOOT_IDT_START, vec![0; 8]),
@@ -315,4 +216,4 @@ fn entry_state(entry: u64) -> VcpuState {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -2,9 +2,9 @@
 #![expect(clippy::cast_possible_truncation, reason = "tests choose their numbers")]
 
 use super::*;
-use crate::acpi::AcpiMachine;
+use crate::acpi::{AcpiMachine, AcpiTables};
 use crate::memory_map::memory_map;
-use crate::plan::GpaRange;
+use crate::plan::{GpaRange, Step};
 
 struct Program {
     typ: u32,
@@ -81,7 +81,7 @@ fn elf(is_64: bool, programs: &[Program]) -> Vec<u8> {
     file
 }
 
-fn machine(memory: u64) -> MachineDescription {
+pub(crate) fn machine(memory: u64) -> MachineDescription {
     MachineDescription {
         vcpus: 1,
         max_vcpus: 1,
@@ -92,7 +92,24 @@ fn machine(memory: u64) -> MachineDescription {
     }
 }
 
-fn memory_of(plan: &LaunchPlan<'_>, at: u64, len: usize) -> Vec<u8> {
+/// As [`super::plan`].
+fn plan<'a>(
+    kernel: &'a [u8],
+    initrd: Option<&'a [u8]>,
+    cmdline: &str,
+    machine: &MachineDescription,
+    acpi: Option<&AcpiTables>,
+) -> Result<LaunchPlan<'a>, PvhError> {
+    let given = Given {
+        initrd,
+        cmdline,
+        machine,
+        acpi,
+    };
+    super::plan(kernel, &given)
+}
+
+pub(crate) fn memory_of(plan: &LaunchPlan<'_>, at: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0xAA; len];
     for step in &plan.steps {
         let Step::Pages {
@@ -233,31 +250,18 @@ fn kernels_that_cannot_boot_say_why() {
     let big = vec![0; 49 << 20];
     assert!(matches!(
         plan(&kernel, Some(&big), "", &machine, None),
-        Err(PvhError::Initrd { .. })
+        Err(PvhError::Place(PlaceError::Initrd { .. }))
     ));
     assert!(plan(&kernel, Some(&big[..(47 << 20) - 0x1000]), "", &machine, None).is_ok());
     let long = "x".repeat(65536);
     assert_eq!(
         plan(&kernel, None, &long, &machine, None),
-        Err(PvhError::CommandLine(65536))
+        Err(PvhError::Place(PlaceError::CommandLine { len: 65536, max: 65535 }))
     );
     assert!(plan(&kernel, None, &long[1..], &machine, None).is_ok());
     assert_eq!(
         plan(&kernel, None, "a\0b", &machine, None),
-        Err(PvhError::CommandLine(3))
-    );
-    assert!(matches!(
-        plan(b"IGVM", None, "", &machine, None),
-        Err(PvhError::Format("an IGVM file"))
-    ));
-    let mut linux = vec![0; 0x210];
-    linux[0x1FE..0x200].copy_from_slice(&[0x55, 0xAA]);
-    linux[0x202..0x206].copy_from_slice(b"HdrS");
-    assert!(
-        plan(&linux, None, "", &machine, None)
-            .unwrap_err()
-            .to_string()
-            .contains("bzImage")
+        Err(PvhError::Place(PlaceError::CommandLine { len: 3, max: 65535 }))
     );
 }
 
