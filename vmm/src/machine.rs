@@ -48,6 +48,7 @@ use crate::memory::hotplug::{Filling, HotplugArea};
 use crate::memory::{GuestRam, ProcessorGate};
 use crate::registry::{self, Means, Wanted};
 use crate::telling::Telling;
+use crate::vcpu::exits::Exits;
 use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
 
 /// Why a pod cannot boot: what was being done, and the cause below it.
@@ -224,6 +225,7 @@ impl Machine {
             affinity: Arc::new(plan.affinity()),
             processor: confidential.as_ref().map(Confidential::shared_processor),
             exit: Arc::clone(outside.exit),
+            exits: Arc::new(Exits::new(start, acpi.device_area().into())),
         };
         let vcpus = Vcpus::start(fds, &context).during("starting vCPU threads")?;
         let timings = BootTimings {
@@ -346,13 +348,14 @@ impl Machine {
         self.extras.pvpanic().map(|bdf| (extras::PVPANIC, bdf))
     }
 
-    /// The counters of the devices, by name.
+    /// The counters of the devices, by name, and under a name that no device can have those of the vCPUs' exits.
     #[must_use]
     pub fn counters(&self) -> std::collections::BTreeMap<String, std::collections::BTreeMap<&'static str, u64>> {
         let mut all = std::collections::BTreeMap::new();
         for root in &self.chipset.segments {
             all.append(&mut root.counters());
         }
+        all.insert(VCPUS.into(), self.vcpus.exits().counters());
         all
     }
 
@@ -374,6 +377,9 @@ impl Machine {
         self.plug.balloon.get()
     }
 }
+
+/// Under which name vm.counters has the vCPUs.
+pub const VCPUS: &str = "__vcpus";
 
 /// Opens /dev/kvm.
 ///

@@ -3,6 +3,7 @@
 //! a reason told to the control loop; it never panics.
 
 mod affinity;
+pub mod exits;
 mod kick;
 mod plug;
 mod run_page;
@@ -20,6 +21,7 @@ use podvisor_snp::private_memory;
 use podvisor_snp::processor::{MsrOutcome, Processor, ProcessorError};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::exits::{Counts, Exits, Kind};
 use self::state::{StateError, VcpuState};
 use crate::sandbox::seccomp;
 
@@ -169,6 +171,8 @@ pub struct VcpuContext {
     pub processor: Option<Arc<dyn Processor>>,
     /// Hears why the pod stopped.
     pub exit: Arc<ExitSignal>,
+    /// Counts what makes vCPUs leave the guest.
+    pub exits: Arc<Exits>,
 }
 
 /// The vCPUs of a pod, each with a thread of its own while it is plugged; dropping them stops them.
@@ -273,6 +277,12 @@ impl Vcpus {
         self.paused = false;
     }
 
+    /// What made them leave the guest, and how often.
+    #[must_use]
+    pub fn exits(&self) -> &Exits {
+        &self.context.exits
+    }
+
     /// Whether the guest is paused.
     #[must_use]
     pub fn paused(&self) -> bool {
@@ -357,6 +367,7 @@ struct Vcpu {
     index: u32,
     fd: VcpuFd,
     context: VcpuContext,
+    counts: Arc<Counts>,
 }
 
 /// What the run loop does next.
@@ -379,8 +390,17 @@ impl Vcpu {
             return self.fd;
         }
         let kickable = kick::Kickable::new(&mut self.fd);
+        if control.may_run(retire) {
+            self.context.exits.enters();
+        }
+        let mut left = false;
         while control.may_run(retire) {
-            match self.step() {
+            let next = self.step();
+            if !left {
+                left = true;
+                self.context.exits.leaves();
+            }
+            match next {
                 Next::Go => {}
                 Next::Interrupted => self.fd.set_kvm_immediate_exit(0),
                 Next::End(reason) => {
@@ -405,8 +425,10 @@ impl Vcpu {
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return Next::Interrupted,
             Err(e) => return Next::End(PodExit::Failed(format!("KVM_RUN of vCPU {}: {e}", self.index))),
         };
+        let counts = &*self.counts;
         match exit {
-            VcpuExit::IoIn(..) | VcpuExit::IoOut(..) => {
+            VcpuExit::IoIn(port, _) | VcpuExit::IoOut(port, _) => {
+                counts.count(exits::port(port));
                 let io = &self.context.io;
                 run_page::for_each_pio(&mut self.fd, |access| match access {
                     run_page::Pio::In(port, data) => io.pio_read(port, data),
@@ -419,14 +441,17 @@ impl Vcpu {
                 }
             }
             VcpuExit::MmioRead(gpa, data) => {
+                counts.count(exits::mmio(gpa, &self.context.exits.areas));
                 self.context.io.mmio_read(gpa, data);
                 Next::Go
             }
             VcpuExit::MmioWrite(gpa, data) => {
+                counts.count(exits::mmio(gpa, &self.context.exits.areas));
                 self.context.io.mmio_write(gpa, data);
                 Next::Go
             }
             VcpuExit::X86Rdmsr(exit) => {
+                counts.count(Kind::Msr);
                 match read_msr(self.context.processor.as_deref(), self.index, exit.index) {
                     MsrOutcome::Value(value) => *exit.data = value,
                     MsrOutcome::Fault => *exit.error = 1,
@@ -435,6 +460,7 @@ impl Vcpu {
                 Next::Go
             }
             VcpuExit::X86Wrmsr(exit) => {
+                counts.count(Kind::Msr);
                 match write_msr(self.context.processor.as_deref(), self.index, exit.index, exit.data) {
                     MsrOutcome::Value(_) => {}
                     MsrOutcome::Fault => *exit.error = 1,
@@ -452,14 +478,24 @@ impl Vcpu {
                 self.index,
                 memory_fault(self.context.processor.as_deref(), flags, gpa, size)
             ))),
-            VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => Next::Interrupted,
+            VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::Intr => {
+                counts.count(Kind::Interrupted);
+                Next::Interrupted
+            }
             // The pins are edges: none waits for its end.
-            VcpuExit::IoapicEoi(_) => Next::Go,
+            VcpuExit::IoapicEoi(_) => {
+                counts.count(Kind::IoApicEoi);
+                Next::Go
+            }
             VcpuExit::Shutdown => {
+                counts.count(Kind::Other);
                 tracing::warn!(vcpu = self.index, "the guest triple-faulted");
                 Next::End(PodExit::Reset)
             }
-            VcpuExit::SystemEvent(kind, data) => Next::End(system_event(kind, data)),
+            VcpuExit::SystemEvent(kind, data) => {
+                counts.count(Kind::Other);
+                Next::End(system_event(kind, data))
+            }
             other => {
                 let what = format!("{other:?}");
                 Next::End(PodExit::Failed(self.refused(&what)))

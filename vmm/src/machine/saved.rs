@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::{BootError, BootTimings, Chipset, DeviceInfo, During, Growth, Machine, Outside, Subscribers};
 use crate::config::PodPlan;
 use crate::memory::{GuestRam, Zone};
+use crate::vcpu::exits::Exits;
 use crate::vcpu::state::VcpuState;
 use crate::vcpu::{VcpuContext, Vcpus};
 
@@ -282,6 +283,7 @@ impl Machine {
             affinity: Arc::new(plan.affinity()),
             processor: None,
             exit: Arc::clone(outside.exit),
+            exits: Arc::new(Exits::new(start, acpi.device_area().into())),
         };
         let vcpus = Vcpus::start_paused(fds, &context).during("starting vCPU threads")?;
         let total = start.elapsed();

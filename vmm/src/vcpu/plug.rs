@@ -88,6 +88,7 @@ impl Vcpus {
             index,
             fd,
             context: self.context.clone(),
+            counts: self.context.exits.of(index),
         };
         // Not moved into the thread at once: if there is none, the vCPU must not be lost.
         let slot = Arc::new(Mutex::new(Some(vcpu)));

@@ -63,6 +63,10 @@ fn start(code: &[u8]) -> Option<Guest> {
         affinity: Arc::default(),
         processor: None,
         exit: Arc::clone(&exit),
+        exits: Arc::new(Exits::new(
+            std::time::Instant::now(),
+            podvisor_firmware::layout::device_area(46).into(),
+        )),
     };
     let vcpus = Vcpus::start(vec![vcpu], &context).unwrap();
     Some(Guest {

@@ -4,6 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Sample, TICKS, text};
+use crate::machine::VCPUS;
 
 const COLUMNS: usize = 80;
 /// Width of the bar that shows a vCPU's use.
@@ -73,13 +74,10 @@ fn state(sample: &Sample) -> String {
 
 /// The sample for programs. Rates are a second's, null where there is no sample before.
 pub(super) fn json(now: &Sample, before: Option<&Sample>) -> Value {
-    let round = |value: Option<f64>| value.map(|v| (v * 100.0).round() / 100.0);
+    let round = hundredths;
     let device = |device: &Value| {
         let id = text(device, "id");
-        let counters: Map<String, Value> = counters(&id, now, before)
-            .into_iter()
-            .map(|c| (c.name.to_owned(), json!({"total": c.total, "rate": round(c.rate)})))
-            .collect();
+        let counters = counters_json(&id, now, before);
         json!({
             "id": id,
             "kind": device.get("kind"),
@@ -103,8 +101,32 @@ pub(super) fn json(now: &Sample, before: Option<&Sample>) -> Value {
         "threads": now.threads,
         "monitor_cpu_percent": round(other(now, before)),
         "vcpus": vcpus,
+        "exits": counters_json(VCPUS, now, before),
         "devices": devices(now).iter().map(device).collect::<Vec<_>>(),
     })
+}
+
+/// A line for each counter of `id` that is not zero.
+fn counter_lines<'s>(id: &str, now: &'s Sample, before: Option<&Sample>) -> impl Iterator<Item = String> + use<'s> {
+    let counted: Vec<_> = counters(id, now, before).into_iter().filter(|c| c.total > 0).collect();
+    counted.into_iter().map(|counter| {
+        let rate = counter.rate.map_or_else(|| "-".to_owned(), human);
+        #[expect(clippy::cast_precision_loss, reason = "shown to three digits")]
+        let total = human(counter.total as f64);
+        format!("  {:<56}{rate:>11}{total:>11}", cut(counter.name, 55))
+    })
+}
+
+/// Counters with their rates, for programs.
+fn counters_json(id: &str, now: &Sample, before: Option<&Sample>) -> Map<String, Value> {
+    counters(id, now, before)
+        .into_iter()
+        .map(|c| (c.name.to_owned(), json!({"total": c.total, "rate": hundredths(c.rate)})))
+        .collect()
+}
+
+fn hundredths(value: Option<f64>) -> Option<f64> {
+    value.map(|v| (v * 100.0).round() / 100.0)
 }
 
 /// The sample for people, without a line end at its end.
@@ -123,6 +145,7 @@ pub(super) fn page(now: &Sample, before: Option<&Sample>) -> String {
             bar(percent)
         ));
     }
+    lines.extend(counter_lines(VCPUS, now, before));
     if !devices(now).is_empty() {
         let heads = ("DEVICE", "KIND", "PLACE", "STATE", "A SECOND", "TOTAL");
         lines.push(format!(
@@ -139,14 +162,7 @@ pub(super) fn page(now: &Sample, before: Option<&Sample>) -> String {
             of("bdf", 13),
             of("state", 11)
         ));
-        for counter in counters(&text(device, "id"), now, before) {
-            if counter.total > 0 {
-                let rate = counter.rate.map_or_else(|| "-".to_owned(), human);
-                #[expect(clippy::cast_precision_loss, reason = "shown to three digits")]
-                let total = human(counter.total as f64);
-                lines.push(format!("  {:<56}{rate:>11}{total:>11}", cut(counter.name, 55)));
-            }
-        }
+        lines.extend(counter_lines(&text(device, "id"), now, before));
     }
     let fit = |line: &str| cut(line, COLUMNS).trim_end().to_owned();
     let fitted: Vec<String> = lines.iter().flat_map(|line| line.split('\n')).map(fit).collect();
@@ -232,7 +248,13 @@ mod tests {
                     {"id": format!("\x1b[2J{}", "x".repeat(200)), "kind": "net", "bdf": "0000:00:02.0", "state": "active"},
                 ]},
             }),
-            counters: BTreeMap::from([("_disk0".to_owned(), counters)]),
+            counters: BTreeMap::from([
+                ("_disk0".to_owned(), counters),
+                (
+                    VCPUS.to_owned(),
+                    BTreeMap::from([("exits_msr".to_owned(), bytes / 1000)]),
+                ),
+            ]),
             vcpus: BTreeMap::from([(0, ticks), (1, 5)]),
             other: ticks / 10,
             threads: 3,
@@ -251,6 +273,7 @@ mod tests {
             told["devices"][0]["counters"]["read_bytes"],
             json!({"total": 5_001_000, "rate": 2_500_000.0})
         );
+        assert_eq!(told["exits"]["exits_msr"], json!({"total": 5_001, "rate": 2_500.0}));
         let first = json(&now, None);
         assert_eq!(first["vcpus"][0]["cpu_percent"], Value::Null);
         assert_eq!(first["devices"][0]["counters"]["read_bytes"]["rate"], Value::Null);
@@ -271,6 +294,7 @@ mod tests {
             "monitor  resident 9 MiB, CPU without vCPUs 5.0 %, threads 3",
             "vcpu0        50.0  ####################",
             "  read_bytes                                                    2.5 M      5.0 M",
+            "  exits_msr                                                     2.5 K      5.0 K",
         ];
         for line in expected {
             assert!(page.lines().any(|shown| shown == line), "{line}\n{page}");
