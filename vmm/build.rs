@@ -27,7 +27,7 @@ mod bare_metal;
 
 use bare_metal::{Loaded, Program, compile};
 
-/// Instructions that the guest checks for at its start (`resources/guest/src/cpuid.rs`).
+/// Instructions that the guest checks for at its start (`resources/guest/src/cpuid.rs`); it does without SHA's.
 const TARGET_FEATURES: &str = "-Ctarget-feature=+sha,+ssse3,+sse4.1,+aes,+pclmulqdq";
 /// SNP guest policy: SMT allowed, and the bit that must be one.
 const POLICY: u64 = 0x3_0000;

@@ -10,7 +10,7 @@ mod payload;
 mod vhost_user;
 
 use self::devices::{check_disk, check_fs, check_net, check_scratch, check_vsock, console, rate_limit_groups};
-use self::machine::{cpus, memory};
+use self::machine::{cpus, memory, private_memory};
 use self::names::{identifiers, segment_shares, segments};
 use self::payload::{payload, platform, pod};
 use crate::not_done::NOT_DONE;
@@ -116,6 +116,7 @@ impl VmConfig {
         }
         if let Some(p) = &self.platform {
             platform(p, self.payload.as_ref(), &mut found);
+            private_memory(self, &mut found);
         }
         segments(self, &mut found);
         segment_shares(self, &mut found);

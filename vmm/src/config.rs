@@ -48,6 +48,8 @@ pub struct PodPlan {
     pub zones: Vec<Zone>,
     /// Isolation.
     pub isolation: Isolation,
+    /// Whether the emulated processor keeps private pages out of the monitor's reach.
+    pub private_memory: bool,
     /// PCI segments.
     pub segments: u16,
     /// What boots; none: the pod can be created but not booted.
@@ -122,7 +124,8 @@ impl PodPlan {
         memory_fits(&config)?;
         registry::assign_ids(&mut config);
         let isolation = config.isolation();
-        isolation_possible(isolation)?;
+        let private_memory = config.platform.as_ref().is_some_and(|platform| platform.private_memory);
+        isolation_possible(isolation, private_memory)?;
         if expect_digest.is_some() && isolation == Isolation::None {
             return Err(field(
                 "--expect-digest",
@@ -148,7 +151,8 @@ impl PodPlan {
         let ram = RamOptions {
             shared: memory.shared,
             hugepages: memory.hugepages,
-            thp: memory.thp,
+            // A huge page of the monitor's half would lie under private pages too.
+            thp: memory.thp && !private_memory,
             mergeable: memory.mergeable,
             prefault: memory.prefault,
             secret: isolation != Isolation::None,
@@ -160,6 +164,7 @@ impl PodPlan {
             zones: zones(memory, ram)?,
             ram,
             isolation,
+            private_memory,
             segments: config.platform.as_ref().map_or(1, |p| p.num_pci_segments),
             boot: boot(&config)?,
             host_data,
@@ -307,7 +312,14 @@ pub fn host_has_snp() -> bool {
     types & 1 << SNP_VM != 0 && std::path::Path::new("/dev/sev").exists()
 }
 
-fn isolation_possible(isolation: Isolation) -> Result<(), PlanError> {
+fn isolation_possible(isolation: Isolation, private_memory: bool) -> Result<(), PlanError> {
+    if private_memory
+        && let Ok(kvm) = Kvm::new()
+        && let Some(what) = podvisor_snp::private_memory::missing(&kvm)
+    {
+        let reason = format!("this host's KVM has no {what}; leave it out");
+        return Err(field("platform.private_memory", reason));
+    }
     if isolation != Isolation::Snp {
         return Ok(());
     }

@@ -47,6 +47,7 @@ impl Confidential {
         let memory = ram.launch_memory().during("guest memory")?;
         let mut options = emulated::Options::default();
         options.runtime.max_vcpus = plan.vcpus;
+        options.private_memory = plan.private_memory;
         let processor = Arc::new(Emulated::new(memory.clone(), options));
         Ok(Some(Self {
             processor,

@@ -48,6 +48,10 @@ pub struct PlatformConfig {
     /// Isolation by name (an addition to Cloud Hypervisor's schema).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub isolation: Option<Isolation>,
+    /// The emulated processor keeps private pages out of the monitor's reach, where the host's KVM has VMs for that
+    /// (`KVM_X86_SW_PROTECTED_VM`). SEV-SNP by the processor always does (an addition to Cloud Hypervisor's schema).
+    #[serde(skip_serializing_if = "super::is_false")]
+    pub private_memory: bool,
 }
 
 impl Default for PlatformConfig {
@@ -62,6 +66,7 @@ impl Default for PlatformConfig {
             tdx: false,
             sev_snp: false,
             isolation: None,
+            private_memory: false,
         }
     }
 }

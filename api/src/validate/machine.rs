@@ -2,7 +2,7 @@
 
 use super::memory::{page_multiple, zone_rules};
 use super::{Findings, MAX_MEMORY_BYTES, MAX_VCPUS};
-use crate::types::{CpusConfig, MemoryConfig};
+use crate::types::{CpusConfig, MemoryConfig, VmConfig};
 
 pub(super) fn cpus(cpus: &CpusConfig, found: &mut Findings) {
     let (boot, max) = (cpus.boot_vcpus, cpus.max_vcpus);
@@ -115,4 +115,28 @@ pub(super) fn memory(memory: &MemoryConfig, found: &mut Findings) {
         );
     }
     zone_rules(zones, found);
+}
+
+/// Memory that would be there twice: the monitor's half of a page is to hold nothing while the guest sees the other.
+pub(super) fn private_memory(config: &VmConfig, found: &mut Findings) {
+    if !config.platform.as_ref().is_some_and(|platform| platform.private_memory) {
+        return;
+    }
+    const TWICE: &str = "would hold each page twice with platform.private_memory; leave one of the two out";
+    let memory = &config.memory;
+    for (asked, field) in [
+        (memory.hugepages, "memory.hugepages"),
+        (memory.prefault, "memory.prefault"),
+    ] {
+        if asked {
+            found.add(field, TWICE);
+        }
+    }
+    for (at, zone) in memory.zones.iter().flatten().enumerate() {
+        for (asked, field) in [(zone.hugepages, "hugepages"), (zone.prefault, "prefault")] {
+            if asked {
+                found.add(format!("memory.zones[{at}].{field}"), TWICE);
+            }
+        }
+    }
 }

@@ -108,6 +108,13 @@ pub(super) fn platform(platform: &PlatformConfig, payload: Option<&PayloadConfig
             format!("\"{named}\" contradicts sev_snp, which means the processor's SNP; leave one of the two out"),
         );
     }
+    if platform.private_memory && platform.isolation() != Isolation::SnpEmulated {
+        let reason = match platform.isolation() {
+            Isolation::Snp => "is the processor's own with SEV-SNP; leave it out",
+            _ => "is a confidential pod's; give platform.isolation snp-emulated, or leave it out",
+        };
+        found.add("platform.private_memory", reason);
+    }
     if platform.isolation() != Isolation::None && payload.is_none_or(|payload| payload.igvm.is_none()) {
         let field = if platform.isolation.is_some() {
             "platform.isolation"

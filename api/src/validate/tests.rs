@@ -166,6 +166,21 @@ fn every_rule_refuses_its_breach_by_field() {
             json!({"platform": {"sev_snp": true, "isolation": "none"}}),
             "platform.isolation",
         ),
+        (json!({"platform": {"private_memory": true}}), "platform.private_memory"),
+        (
+            json!({"platform": {"sev_snp": true, "private_memory": true}, "payload": {"igvm": "/i"}}),
+            "platform.private_memory",
+        ),
+        (
+            json!({"platform": {"isolation": "snp-emulated", "private_memory": true}, "payload": {"igvm": "/i"},
+                   "memory": {"size": 4096, "prefault": true}}),
+            "memory.prefault",
+        ),
+        (
+            json!({"platform": {"isolation": "snp-emulated", "private_memory": true}, "payload": {"igvm": "/i"},
+                   "memory": {"size": 0, "zones": [{"id": "a", "size": 4096, "hugepages": true}]}}),
+            "memory.zones[0].hugepages",
+        ),
         (json!({"platform": {"tdx": true}}), "platform.tdx"),
         (
             json!({"platform": {"num_pci_segments": 0}}),

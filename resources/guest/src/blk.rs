@@ -4,11 +4,10 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use sha2::{Digest, Sha256};
-
 use crate::paging::PageTables;
 use crate::pattern::Pattern;
 use crate::pci::Function;
+use crate::sha256::Sha256;
 use crate::virtio::{Device, Piece, Queue};
 use crate::window::{Shared, Window};
 
@@ -255,7 +254,7 @@ impl Blk {
     pub fn read(&mut self, sector: u64, count: u64) -> Result<[u8; 32], &'static str> {
         let mut hash = Sha256::new();
         self.stream(false, sector, count, |_| (), |data| crate::hash_shared(&mut hash, data))?;
-        Ok(hash.finalize().into())
+        Ok(hash.finalize_reset())
     }
 
     /// Discards sectors, or zeroes them.

@@ -25,14 +25,20 @@ pub fn leaf(from_page: bool, leaf: u32, subleaf: u32) -> [u32; 4] {
         .map_or([0; 4], |at| [24, 28, 32, 36].map(|register| page.get(at + register)))
 }
 
-/// Whether the processor has the instructions that this image is compiled for.
+/// Whether the processor has the SHA instructions.
+#[must_use]
+pub fn has_sha(from_page: bool) -> bool {
+    const SHA: u32 = 1 << 29;
+    let [_, extended, _, _] = leaf(from_page, 7, 0);
+    extended & SHA != 0
+}
+
+/// Whether the processor has the other instructions that this image is compiled for.
 #[must_use]
 pub fn suffices(from_page: bool) -> bool {
     const SSSE3_SSE41_AES_PCLMUL: u32 = 1 << 9 | 1 << 19 | 1 << 25 | 1 << 1;
-    const SHA: u32 = 1 << 29;
     let [_, _, features, _] = leaf(from_page, 1, 0);
-    let [_, extended, _, _] = leaf(from_page, 7, 0);
-    features & SSSE3_SSE41_AES_PCLMUL == SSSE3_SSE41_AES_PCLMUL && extended & SHA != 0
+    features & SSSE3_SSE41_AES_PCLMUL == SSSE3_SSE41_AES_PCLMUL
 }
 
 /// Number of the emulated processor's validation MSR (docs/emulated-processor.md).

@@ -5,10 +5,9 @@ use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use sha2::{Digest, Sha256};
-
 use crate::fuse::{self, BUFFERS, Client, Data, MAX_IO, Node, Op, ROOT, Reply, Ticket};
 use crate::pattern::Pattern;
+use crate::sha256::Sha256;
 
 const O_WRONLY: u32 = 1;
 const O_CREAT: u32 = 0o100;
@@ -234,7 +233,7 @@ impl<'c> Pipeline<'c> {
                 break;
             };
             if file.size == 0 {
-                file.hash = Sha256::digest([]).into();
+                file.hash = Sha256::digest(&[]);
             } else {
                 let ticket = self.client.send(Op::Open, file.node, &[&[0; 8]], Data::None)?;
                 self.opening.push_back(Opening {
@@ -324,7 +323,7 @@ impl<'c> Pipeline<'c> {
         }
         self.free.push(reading.buffer);
         if let Some(handle) = reading.last {
-            file.hash = self.hash.finalize_reset().into();
+            file.hash = self.hash.finalize_reset();
             let arguments = words(&[handle, 0, 0]);
             self.releasing
                 .push(self.client.send(Op::Release, file.node, &[&arguments], Data::None)?);

@@ -32,8 +32,9 @@ pub const USED_END: u64 = CONVERT_START + CONVERT_LEN;
 pub const ECAM_START: u64 = 0xE800_0000;
 /// Local APIC.
 pub const APIC_START: u64 = 0xFEE0_0000;
-/// Memory-mapped I/O that the page tables reach: below 4 GiB, and 1 TiB up to 1.5 TiB.
-pub const MMIO_REACH: [(u64, u64); 2] = [(0xC000_0000, 0x1_0000_0000), (0x100_0000_0000, 0x180_0000_0000)];
+/// Where memory-mapped I/O may be: below 4 GiB, and from 32 GiB (half of the smallest address space) up to 1.5 TiB. The pod
+/// uses no RAM there.
+pub const MMIO_REACH: [(u64, u64); 2] = [(0xC000_0000, 0x1_0000_0000), (0x8_0000_0000, 0x180_0000_0000)];
 /// COM1.
 pub const SERIAL_PORT: u16 = 0x3F8;
 /// ACPI shutdown and reset register.

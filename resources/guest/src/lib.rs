@@ -24,6 +24,7 @@ pub mod pod;
 pub mod report;
 pub mod ring0;
 pub mod rng;
+pub mod sha256;
 pub mod snp;
 pub mod virtio;
 pub mod vsock;
@@ -31,8 +32,6 @@ pub mod window;
 
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
-
-use sha2::Digest;
 
 /// The port that the agent listens on.
 const AGENT_PORT: u32 = 1024;
@@ -73,8 +72,11 @@ fn boot(heap: &memory::Heap, start: &Start) -> Result<(), &'static str> {
     }
     memory::start(heap);
     let parameters = params::read()?;
+    if cpuid::has_sha(start.snp && !start.emulated) {
+        sha256::use_instructions();
+    }
     if !cpuid::suffices(start.snp && !start.emulated) {
-        return Err("the processor lacks SHA, AES or SSE 4.1");
+        return Err("the processor lacks AES or SSE 4.1");
     }
     if start.emulated || !start.snp {
         idle::start(&tables)?;
@@ -120,7 +122,7 @@ pub fn power(reset: bool) -> ! {
 }
 
 /// Adds shared memory to a hash, by way of private memory: what is hashed is read once.
-pub fn hash_shared(hash: &mut sha2::Sha256, data: window::Shared) {
+pub fn hash_shared(hash: &mut sha256::Sha256, data: window::Shared) {
     let mut bytes = [0; 8192];
     let mut at = 0;
     while at < data.len() {

@@ -153,7 +153,7 @@ pub(crate) struct RunArgs {
     /// Size the machine by the pod's limits: handler=kata-cc|kata[,memory_limit=512Mi][,cpu_limit=1500m]
     #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
     pub(crate) pod: Option<String>,
-    /// Platform: [isolation=none|snp|snp-emulated][,sev_snp=on][,num_pci_segments=N]
+    /// Platform: [isolation=none|snp|snp-emulated][,private_memory=on][,sev_snp=on][,num_pci_segments=N]
     #[arg(long, value_name = "OPTIONS", help_heading = "The machine")]
     pub(crate) platform: Option<String>,
     /// PCI segment: pci_segment=N[,mmio32_aperture_weight=N][,mmio64_aperture_weight=N]

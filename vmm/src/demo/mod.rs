@@ -28,6 +28,7 @@ use scratch::Scratch;
 
 /// Run the built-in pod once, end to end, and check everything it does.
 #[derive(Args, Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "the command's flags, one each")]
 pub struct DemoArgs {
     /// Run the same image unencrypted, as an ordinary VM: no report, no digest
     #[arg(long)]
@@ -35,6 +36,9 @@ pub struct DemoArgs {
     /// Run a real Linux pod in a host that is emulated in software: no /dev/kvm is needed, but the source tree's nested rig
     #[arg(long, conflicts_with_all = ["native", "save_image"])]
     nested: bool,
+    /// Keep the pod's private pages out of the monitor's reach (a host with KVM_X86_SW_PROTECTED_VM)
+    #[arg(long, conflicts_with_all = ["native", "nested", "save_image"])]
+    private_memory: bool,
     /// Print one JSON object as the last line and nothing else on stdout
     #[arg(long)]
     json: bool,
@@ -107,10 +111,11 @@ struct Setting {
     nonce: [u8; 64],
     host_data: [u8; 32],
     native: bool,
+    private_memory: bool,
 }
 
 impl Setting {
-    fn new(native: bool) -> io::Result<Self> {
+    fn new(args: &DemoArgs) -> io::Result<Self> {
         let scratch = Scratch::new()?;
         let mut random = [0; 72];
         aws_lc_rs::rand::fill(&mut random).map_err(io::Error::other)?;
@@ -123,7 +128,8 @@ impl Setting {
             seed: seed.first_chunk().map_or(0, |s| u64::from_le_bytes(*s)),
             nonce: *nonce,
             host_data: hash.as_ref().try_into().map_err(io::Error::other)?,
-            native,
+            native: args.native,
+            private_memory: args.private_memory,
             scratch,
         };
         std::fs::create_dir(setting.share())?;
@@ -155,7 +161,7 @@ impl Setting {
         json!({
             "pod": {"handler": "kata-cc", "memory_limit": MEMORY_LIMIT},
             "payload": {"igvm": self.image(), "host_data": host_data},
-            "platform": {"isolation": isolation},
+            "platform": {"isolation": isolation, "private_memory": self.private_memory},
             "disks": [{"path": self.disk(), "image_type": "Raw"}],
             "fs": [{"tag": "share", "shared_dir": self.share()}],
             "vsock": {"cid": 3, "socket": self.vsock()},
@@ -167,7 +173,7 @@ impl Setting {
 
 fn demo(args: &DemoArgs, results: &mut Results) -> Result<(), io::Error> {
     let signals = Signals::take()?;
-    let setting = Setting::new(args.native)?;
+    let setting = Setting::new(args)?;
     let interrupt = Interrupt::watch(signals, setting.scratch.path().to_owned())?;
     std::thread::scope(|scope| {
         // The tree is made while the pod boots; both are needed only when the pod walks it.

@@ -113,6 +113,9 @@ impl PodSlot {
         put("version", json!(env!("CARGO_PKG_VERSION")));
         put("isolation", json!(isolation_name(pod.plan.isolation)));
         put("emulated", json!(pod.plan.isolation == Isolation::SnpEmulated));
+        if pod.plan.private_memory {
+            put("private_memory", json!(true));
+        }
         put("vcpus", json!(pod.plan.vcpus));
         put("memory_bytes", json!(machine.map_or(pod.plan.memory, Machine::memory)));
         if let Some(sized) = &pod.plan.config.pod {

@@ -214,8 +214,9 @@ const BETWEEN: &[i64] = &[
 ];
 
 /// What a vCPU thread needs beside: a driver's start makes its device's ring or connection work, on the thread that wrote
-/// the register. It opens nothing.
+/// the register; pages that change between private and shared are given up. It opens nothing.
 const VCPU: &[i64] = &[
+    libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
