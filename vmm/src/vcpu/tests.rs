@@ -180,3 +180,26 @@ fn system_events_become_reasons() {
     assert_eq!(system_event(6, &[0x0005_1100]), PodExit::Terminated { set: 1, code: 5 });
     assert!(matches!(system_event(99, &[]), PodExit::Failed(_)));
 }
+
+#[test]
+fn hypercalls_and_memory_faults_are_answered_without_a_processor_too() {
+    assert_eq!(hypercall(None, 12, &[0x1000, 1, 0x10, 0, 0, 0]), 22);
+    let told = memory_fault(None, 8, 0x1000, 0x1000);
+    assert!(told.contains("0x1000 as private"), "{told}");
+    assert!(told.contains("the pod has no private memory"), "{told}");
+}
+
+#[test]
+fn a_hypercall_changes_the_processors_pages() {
+    let ram = GuestRam::new(1 << 20, &RamOptions::default()).unwrap();
+    let memory = ram.launch_memory().unwrap();
+    let processor = podvisor_snp::emulated::Emulated::new(memory, podvisor_snp::emulated::Options::default());
+    let ask = |gpa, pages, private: u64| hypercall(Some(&processor), 12, &[gpa, pages, private << 4, 0, 0, 0]);
+    assert_eq!(ask(0x4000, 2, 1), 0);
+    assert!(!processor.is_shared(0x4000, 1) && !processor.is_shared(0x5FFF, 1));
+    assert!(processor.is_shared(0x3000, 0x1000) && processor.is_shared(0x6000, 0x1000));
+    assert_eq!(ask(0xF_F000, 2, 1), 22, "the second page is no RAM");
+    assert!(processor.is_shared(0xF_F000, 0x1000));
+    assert_eq!(ask(0x4000, 1, 0), 0);
+    assert!(processor.is_shared(0x4000, 0x1000));
+}
