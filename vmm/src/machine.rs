@@ -10,7 +10,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use event_manager::MutEventSubscriber;
@@ -46,7 +46,7 @@ use crate::kvm::{self, KvmHypervisor};
 use crate::launch_plain;
 use crate::memory::hotplug::{Filling, HotplugArea};
 use crate::memory::{GuestRam, ProcessorGate};
-use crate::registry::{self, Means, Wanted};
+use crate::registry::{self, Kept, Means, Wanted};
 use crate::telling::Telling;
 use crate::vcpu::exits::Exits;
 use crate::vcpu::{ExitSignal, VcpuContext, Vcpus};
@@ -150,6 +150,8 @@ pub struct Outside<'m> {
     pub telling: &'m Telling,
     /// The host's ends of the consoles.
     pub consoles: &'m Consoles,
+    /// Devices of the machine before, which those that it wants are taken from.
+    pub kept: &'m Kept,
 }
 
 /// The devices of a machine.
@@ -167,6 +169,7 @@ struct Plug {
     hypervisor: Arc<KvmHypervisor>,
     mapper: Mapper,
     balloon: OnceLock<BalloonHandle>,
+    kept: Kept,
     confidential: bool,
     rooms: Vec<Room>,
     /// Those of the rooms.
@@ -312,6 +315,18 @@ impl Machine {
     pub fn resume(&mut self) {
         self.extras.set_paused(false);
         self.vcpus.resume();
+    }
+
+    /// Ends it, and keeps the devices that outlive a reboot. The event loop runs none of them any more.
+    #[must_use]
+    pub fn end(self) -> Kept {
+        let Self { vcpus, devices, .. } = &self;
+        debug_assert!(vcpus.paused(), "no vCPU is in a device");
+        let taken = devices.iter().filter_map(|device| {
+            let mut function = device.function.lock().unwrap_or_else(PoisonError::into_inner);
+            Some((device.id.clone(), function.take_off()?))
+        });
+        Mutex::new(taken.collect())
     }
 
     /// Whether it is paused.
@@ -566,6 +581,9 @@ fn add_devices(
             .during("guest memory")?,
         mapper: Mapper(DeviceMemory::new(Arc::clone(vm), acpi.file_area())),
         balloon: OnceLock::new(),
+        kept: Mutex::new(std::mem::take(
+            &mut outside.kept.lock().unwrap_or_else(PoisonError::into_inner),
+        )),
         hypervisor,
         confidential: plan.isolation != Isolation::None,
         rooms,
@@ -578,6 +596,8 @@ fn add_devices(
         all.push(registry::fixed::console(&plan.config, host).during("devices")?);
     }
     all.extend(registry::devices(&plan.config, &plug.means(plan, ram)).during("devices")?);
+    // What the guest had been asked to let go of is not wanted again.
+    plug.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
     all.extend(mems.into_iter().flatten());
     let mut extras = Extras::new(&plan.config, outside, &mut all)?;
     let mut devices = Vec::new();
@@ -608,6 +628,7 @@ impl Plug {
             ram,
             grown: &self.areas,
             balloon: &self.balloon,
+            kept: &self.kept,
         }
     }
 

@@ -21,7 +21,7 @@ use self::info::ShownConfig;
 use crate::config::{PlanError, PodPlan};
 use crate::consoles::{ConsoleError, Consoles};
 use crate::machine::{BootError, BootTimings, DiskError, Machine, Outside, ResizeError};
-use crate::registry::{self, AddedNet, Addition, RegistryError};
+use crate::registry::{self, AddedNet, Addition, Kept, RegistryError};
 use crate::sandbox::landlock::{self, Grant, LandlockError};
 use crate::snapshot::SnapshotError;
 use crate::telling::Telling;
@@ -193,6 +193,11 @@ impl PodSlot {
     /// # Errors
     /// When there is none, it runs, or it cannot boot; it stays created then.
     pub fn boot(&mut self, events: &mut Events) -> Result<(), PodError> {
+        self.boot_with(&Kept::default(), events)
+    }
+
+    /// As [`PodSlot::boot`], with devices of the machine before.
+    fn boot_with(&mut self, kept: &Kept, events: &mut Events) -> Result<(), PodError> {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
         if pod.running.is_some() {
             return Err(PodError::AlreadyRunning);
@@ -203,6 +208,7 @@ impl PodSlot {
             exit: &self.exit,
             telling: &self.telling,
             consoles: &pod.consoles,
+            kept,
         };
         let (machine, subscribers) = Machine::boot(&pod.plan, outside)?;
         let subscribers = subscribers
@@ -242,11 +248,16 @@ impl PodSlot {
     /// # Errors
     /// When it does not run.
     pub fn stop(&mut self, events: &mut Events) -> Result<(), PodError> {
+        self.halt(events, drop)
+    }
+
+    /// Stops it and hands its machine, whose vCPUs stand, to `end`.
+    fn halt<T>(&mut self, events: &mut Events, end: impl FnOnce(Machine) -> T) -> Result<T, PodError> {
         let pod = self.pod.as_mut().ok_or(PodError::NotCreated)?;
         let running = pod.running.take().ok_or(PodError::NotRunning)?;
-        stop(running, events, &self.exit);
+        let left = stop(running, events, &self.exit, end);
         self.telling.vm(What::Shutdown);
-        Ok(())
+        Ok(left)
     }
 
     /// Stops it if it runs, and forgets it.
@@ -255,13 +266,13 @@ impl PodSlot {
             return;
         };
         if let Some(running) = pod.running {
-            stop(running, events, &self.exit);
+            stop(running, events, &self.exit, drop);
             self.telling.vm(What::Shutdown);
         }
         self.telling.vm(What::Deleted);
     }
 
-    /// Stops it and boots it again.
+    /// Stops it and boots it again. Disks stay open and back ends connected.
     ///
     /// # Errors
     /// As [`PodSlot::stop`] and [`PodSlot::boot`].
@@ -269,8 +280,8 @@ impl PodSlot {
         if self.pod.as_ref().is_some_and(|pod| pod.running.is_some()) {
             self.telling.vm(What::Rebooting);
         }
-        self.stop(events)?;
-        self.boot(events)?;
+        let kept = self.halt(events, Machine::end)?;
+        self.boot_with(&kept, events)?;
         self.telling.vm(What::Rebooted);
         Ok(())
     }
@@ -448,7 +459,7 @@ impl PodSlot {
 }
 
 /// Stops the vCPUs first, then takes the devices off the loop.
-fn stop(running: Running, events: &mut Events, exit: &ExitSignal) {
+fn stop<T>(running: Running, events: &mut Events, exit: &ExitSignal, end: impl FnOnce(Machine) -> T) -> T {
     let Running {
         mut machine,
         subscribers,
@@ -459,13 +470,14 @@ fn stop(running: Running, events: &mut Events, exit: &ExitSignal) {
             tracing::warn!(?error, "a device was not on the event loop");
         }
     }
-    drop(machine);
+    let left = end(machine);
     // What the guest asked for while it was being stopped is answered by that.
     drop(exit.take_ejected());
     drop(exit.take_ejected_vcpus());
     if let Some(reason) = exit.take() {
         tracing::debug!(?reason, "the guest ended while it was being stopped");
     }
+    left
 }
 
 fn isolation_name(isolation: Isolation) -> &'static str {

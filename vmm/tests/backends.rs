@@ -141,6 +141,17 @@ fn the_pod_reads_and_writes_files_through_debians_virtiofsd_and_outlives_it() {
     assert_eq!(agent.command("fs-walk").unwrap().value("files"), Some("2"));
     assert_eq!(state(&process, "_fs1").as_deref(), Some("active"));
 
+    // It ends when its client leaves: a reboot does not.
+    for seed in [6, 7] {
+        process.put("vm.reboot", None);
+        agent = process.agent();
+        assert_eq!(agent.command("fs-read made").unwrap().value("bytes"), Some("300000"));
+        // Another name each time: QEMU 7.2's aborts where a file is created that is there.
+        agent.command(&format!("fs-write made{seed} 300000 {seed}")).unwrap();
+        let made = fs::read(process.path(&format!("share/made{seed}"))).unwrap();
+        assert_eq!(made, podvisor::demo::pattern::pattern(seed, 300_000));
+    }
+
     back_end.die();
     wait_for("the monitor to notice", || {
         (state(&process, "_fs1")? == "failed").then_some(())
@@ -187,6 +198,10 @@ fn the_pod_reads_and_writes_a_disk_through_qemus_storage_daemon_and_outlives_it(
     let written = podvisor::demo::pattern::pattern(9, 600 * 512);
     assert!(image.get(100 * 512..700 * 512).unwrap() == written);
     assert_eq!(read.value("bytes"), Some("307200"));
+    process.put("vm.reboot", None);
+    agent = process.agent();
+    assert_eq!(agent.command("blk-read 100 600").unwrap(), read);
+    agent.command("blk-write 100 600 10").unwrap();
 
     back_end.die();
     wait_for("the monitor to notice", || {

@@ -107,3 +107,51 @@ fn a_conflict_names_the_image_and_read_only_ones_are_shared() {
         second.put("vm.delete", None);
     }
 }
+
+#[test]
+fn a_reboot_keeps_the_disk_that_is_open_and_a_boot_opens_it_anew() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    process.boot_pod("snp-emulated");
+    let mut agent = process.agent();
+    assert_eq!(resize(&process, "_disk0", 8 << 20), (204, Value::Null));
+    agent.command("blk-write 9000 64 7").unwrap();
+    let sum = agent.command("blk-read 9000 64").unwrap();
+    std::fs::rename(process.path("disk"), process.path("moved")).unwrap();
+    for _ in 0..2 {
+        process.put("vm.reboot", None);
+        let mut agent = process.agent();
+        assert_eq!(agent.command("blk-info").unwrap().value("sectors"), Some("16384"));
+        assert_eq!(agent.command("blk-read 9000 64").unwrap(), sum);
+        agent.command("blk-write 0 64 8").unwrap();
+    }
+    assert!(std::fs::read(process.path("moved")).unwrap()[..32768] == podvisor::demo::pattern::pattern(8, 32768));
+    process.put("vm.shutdown", None);
+    let (status, said) = process.request("PUT", "vm.boot", None);
+    assert_eq!(status, 500, "{said}");
+    assert!(said.to_string().contains("disks[0].path"), "{said}");
+    // It is nobody's any more.
+    std::fs::rename(process.path("moved"), process.path("disk")).unwrap();
+    let other = Process::start();
+    let mut config = other.pod_config("none");
+    config["disks"][0]["path"] = json!(process.path("disk"));
+    other.boot_with(&config);
+    assert_eq!(other.agent().command("blk-read 9000 64").unwrap(), sum);
+}
+
+#[test]
+fn a_disk_on_its_way_out_does_not_come_back_with_a_reboot() {
+    if !kvm() {
+        return;
+    }
+    let process = Process::start();
+    process.boot_pod("none");
+    process.put("vm.remove-device", Some(&json!({"id": "_disk0"})));
+    process.put("vm.reboot", None);
+    process.agent().command("blk-info").unwrap_err();
+    let disk = json!({"path": process.path("disk"), "id": "_disk0", "readonly": true});
+    let (status, said) = process.request("PUT", "vm.add-disk", Some(&disk));
+    assert_eq!(status, 200, "its lock is gone with it: {said}");
+}

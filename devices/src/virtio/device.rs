@@ -385,6 +385,11 @@ pub trait VirtioDevice: Send {
     fn storage_news(&mut self) -> Option<StorageNews> {
         None
     }
+    /// Whether a reboot takes the device over into the next machine, with what it has open or is connected to: reset, it is as
+    /// one that was just made, and works with other memory ([`VirtioDevice::update_memory`]).
+    fn outlives_reboot(&self) -> bool {
+        false
+    }
     /// Whether the device cannot be used again in its life: a reset does not help.
     fn is_lost(&self) -> bool {
         false

@@ -8,6 +8,7 @@ mod registers;
 mod saved;
 mod standing;
 mod subscriber;
+mod taken;
 #[cfg(test)]
 mod tests;
 

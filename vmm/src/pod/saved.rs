@@ -12,6 +12,7 @@ use super::{Events, Pod, PodError, PodSlot, Running};
 use crate::config::{Descriptors, PodPlan};
 use crate::consoles::Consoles;
 use crate::machine::{BootError, Machine, Outside, SavedZone};
+use crate::registry::Kept;
 use crate::sandbox::landlock;
 use crate::snapshot;
 
@@ -68,6 +69,7 @@ impl PodSlot {
             exit: &self.exit,
             telling: &self.telling,
             consoles: &consoles,
+            kept: &Kept::default(),
         };
         let (machine, subscribers) =
             Machine::restore(&plan, outside, saved.state, saved.memory.as_ref()).map_err(PodError::Unsaved)?;

@@ -40,9 +40,10 @@ fn disks(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, RegistryEr
 }
 
 fn make_disk(section: &str, disk: &DiskConfig, means: &Means<'_>) -> Result<Wanted, RegistryError> {
-    let device = match disk.vhost_user {
-        true => lent(section, disk)?,
-        false => own(section, disk, means)?,
+    let device = match means.kept(disk.id.as_deref()) {
+        Some(kept) => kept,
+        None if disk.vhost_user => lent(section, disk)?,
+        None => own(section, disk, means)?,
     };
     Ok(Wanted {
         id: disk.id.clone().unwrap_or_default(),

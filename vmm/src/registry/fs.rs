@@ -27,20 +27,22 @@ impl Addition for FsConfig {
         Ok(())
     }
 
-    fn make(&self, config: &VmConfig, _: &Means<'_>) -> Result<Wanted, RegistryError> {
-        make_fs("fs", last(config.fs())?)
+    fn make(&self, config: &VmConfig, means: &Means<'_>) -> Result<Wanted, RegistryError> {
+        make_fs("fs", last(config.fs())?, means)
     }
 }
 
-fn fs(config: &VmConfig, _: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
-    let make = |(index, fs)| make_fs(&format!("fs[{index}]"), fs);
+fn fs(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
+    let make = |(index, fs)| make_fs(&format!("fs[{index}]"), fs, means);
     config.fs().iter().enumerate().map(make).collect()
 }
 
-fn make_fs(section: &str, fs: &FsConfig) -> Result<Wanted, RegistryError> {
+fn make_fs(section: &str, fs: &FsConfig, means: &Means<'_>) -> Result<Wanted, RegistryError> {
     let field = |name: &str| format!("{section}.{name}");
     let num_queues = u16::try_from(fs.num_queues).map_err(|e| failed(field("num_queues"), e))?;
-    let device: Box<dyn VirtioDevice> = if let Some(socket) = &fs.socket {
+    let device: Box<dyn VirtioDevice> = if let Some(kept) = means.kept(fs.id.as_deref()) {
+        kept
+    } else if let Some(socket) = &fs.socket {
         let options = VhostUserFsOptions {
             num_queues,
             queue_size: fs.queue_size,

@@ -13,9 +13,10 @@ mod rng;
 pub(crate) mod scratch;
 mod vsock;
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use podvisor_api::types::VmConfig;
 use podvisor_devices::platform::FileMapper;
@@ -61,6 +62,9 @@ fn failed(field: impl Into<String>, source: impl Into<Box<dyn Error + Send + Syn
     }
 }
 
+/// Devices of a machine that is gone, for the next one, by their names.
+pub type Kept = Mutex<BTreeMap<String, Box<dyn VirtioDevice>>>;
+
 /// What devices are made of, beside their configuration.
 #[derive(Clone, Copy)]
 pub struct Means<'m> {
@@ -76,6 +80,15 @@ pub struct Means<'m> {
     pub grown: &'m [Arc<HotplugArea>],
     /// Where a balloon leaves the monitor's side of it.
     pub balloon: &'m OnceLock<BalloonHandle>,
+    /// What a reboot kept.
+    pub kept: &'m Kept,
+}
+
+impl Means<'_> {
+    /// The device named `id` of the machine before a reboot, if it outlived that.
+    fn kept(&self, id: Option<&str>) -> Option<Box<dyn VirtioDevice>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).remove(id?)
+    }
 }
 
 /// A kind of device, as its section of the configuration has it.

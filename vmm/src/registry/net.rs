@@ -56,8 +56,8 @@ impl Addition for AddedNet {
         Ok(())
     }
 
-    fn make(&self, config: &VmConfig, _: &Means<'_>) -> Result<Wanted, RegistryError> {
-        make_net("net", last(config.net())?, Some(&self.fds))
+    fn make(&self, config: &VmConfig, means: &Means<'_>) -> Result<Wanted, RegistryError> {
+        make_net("net", last(config.net())?, Some(&self.fds), means)
     }
 
     fn descriptors(&self, config: &VmConfig) -> Option<(String, Arc<Vec<OwnedFd>>)> {
@@ -76,7 +76,7 @@ impl Addition for AddedNet {
 fn nets(config: &VmConfig, means: &Means<'_>) -> Result<Vec<Wanted>, RegistryError> {
     let make = |(index, net): (usize, &NetConfig)| {
         let fds = net.id.as_ref().and_then(|id| means.descriptors.get(id));
-        make_net(&format!("net[{index}]"), net, fds)
+        make_net(&format!("net[{index}]"), net, fds, means)
     };
     config.net().iter().enumerate().map(make).collect()
 }
@@ -99,11 +99,17 @@ fn mac(section: &str, field: &str, text: Option<&str>) -> Result<Option<[u8; 6]>
 }
 
 /// The device of a section, with the descriptors of its TAP queues if there are any.
-fn make_net(section: &str, net: &NetConfig, fds: Option<&Arc<Vec<OwnedFd>>>) -> Result<Wanted, RegistryError> {
+fn make_net(
+    section: &str,
+    net: &NetConfig,
+    fds: Option<&Arc<Vec<OwnedFd>>>,
+    means: &Means<'_>,
+) -> Result<Wanted, RegistryError> {
     let fds = fds.filter(|fds| !fds.is_empty());
-    let device = match net.vhost_user {
-        true => lent(section, net)?,
-        false => own(section, net, fds)?,
+    let device = match means.kept(net.id.as_deref()) {
+        Some(kept) => kept,
+        None if net.vhost_user => lent(section, net)?,
+        None => own(section, net, fds)?,
     };
     Ok(Wanted {
         id: net.id.clone().unwrap_or_default(),

@@ -385,6 +385,10 @@ impl VirtioDevice for Blk {
         let _ = self.shared.event.read();
     }
 
+    fn outlives_reboot(&self) -> bool {
+        !self.shared.disk.transient
+    }
+
     fn storage_news(&mut self) -> Option<StorageNews> {
         self.shared.storage.take_news()
     }

@@ -23,7 +23,7 @@ struct Failing {
     code: i32,
     /// When a write failed last.
     last: Instant,
-    /// Bytes that the file had then.
+    /// The least that the file had since, in bytes.
     allocated: Option<u64>,
 }
 
@@ -50,13 +50,15 @@ impl Storage {
 
     /// The host took a write. `now` is asked for only while writes have been failing.
     pub(super) fn succeeded(&mut self, disk: &DiskFile, now: impl FnOnce() -> Instant) {
-        let Some(failing) = &self.failing else { return };
+        let Some(failing) = &mut self.failing else { return };
         if now().saturating_duration_since(failing.last) < QUIET {
             return;
         }
         // A full file system still takes what was written before: only more of it tells that there is room.
         let full = matches!(failing.code, libc::ENOSPC | libc::EDQUOT | libc::EFBIG);
-        if full && failing.allocated.is_some() && disk.allocated() <= failing.allocated {
+        let allocated = disk.allocated();
+        if full && allocated.is_some() && allocated <= failing.allocated {
+            failing.allocated = allocated;
             return;
         }
         tracing::info!("the host takes a disk's writes again");
@@ -100,7 +102,12 @@ mod tests {
         storage.failed(libc::EIO, &disk, at(5));
         storage.succeeded(&disk, || at(10));
         assert_eq!(storage.take_news(), None, "nothing more was written");
-        file.write_all_at(&[1; 8192], 65536).unwrap();
+        // What was discarded meanwhile is no reason to wait until as much is written.
+        let hole = vmm_sys_util::fallocate::FallocateMode::PunchHole;
+        vmm_sys_util::fallocate::fallocate(&file, hole, true, 0, 8192).unwrap();
+        storage.succeeded(&disk, || at(10));
+        assert_eq!(storage.take_news(), None);
+        file.write_all_at(&[1; 4096], 65536).unwrap();
         storage.succeeded(&disk, || at(10));
         assert_eq!(storage.take_news(), Some(StorageNews::Working));
         storage.failed(libc::EIO, &disk, at(11));

@@ -245,14 +245,20 @@ impl Frontend {
         self.tell(FrontendReq::SET_CONFIG, &[body.as_slice(), bytes], &[])
     }
 
-    /// Tells the pod's memory: as a whole, or, where rings run, what came and went if the back end can do that.
-    pub(super) fn set_memory(&mut self, memory: &PodMemory) -> Result<(), VhostUserError> {
+    /// Whether the back end knows of memory.
+    pub(super) fn has_memory(&self) -> bool {
+        !self.regions.is_empty()
+    }
+
+    /// Tells the pod's memory: as a whole, or, where rings are `running`, what came and went if the back end can do that.
+    pub(super) fn set_memory(&mut self, memory: &PodMemory, running: bool) -> Result<(), VhostUserError> {
         let new = table::regions(memory)?;
         if new == self.regions {
             return Ok(());
         }
         let slots = self.protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS);
-        if new.len() <= TABLE_REGIONS && (self.regions.is_empty() || !slots) {
+        // Of a stopped ring, QEMU's back ends still want each table to hold the old addresses: one region at a time does not.
+        if new.len() <= TABLE_REGIONS && (!running || self.regions.is_empty() || !slots) {
             return self.set_table(new);
         }
         let max = match slots {

@@ -96,7 +96,7 @@ impl LentQueues {
         self.frontend.begin();
         let features = activation.features & self.frontend.features();
         self.frontend.set_features(features)?;
-        self.frontend.set_memory(&activation.memory)?;
+        self.frontend.set_memory(&activation.memory, false)?;
         let queues = activation.queues.iter_mut().zip(&mut self.lent).zip(&self.calls);
         for (index, ((queue, lent), call)) in queues.enumerate() {
             let Some(queue) = queue.take() else { continue };
@@ -144,12 +144,13 @@ impl LentQueues {
         }
     }
 
-    /// Tells the back end of other memory, if a driver uses it; else it learns of it when one does.
+    /// Tells the back end of other memory, if a driver uses it or it knows of some; else it learns of it when one does.
     pub(super) fn update_memory(&mut self, memory: &Arc<PodMemory>) -> Result<(), VhostUserError> {
         table::regions(memory)?;
-        if self.active {
+        // What it has mapped of a machine that is gone would stay in use until the next driver is ready.
+        if self.active || self.frontend.has_memory() {
             self.frontend.begin();
-            self.frontend.set_memory(memory)?;
+            self.frontend.set_memory(memory, self.active)?;
         }
         Ok(())
     }

@@ -295,6 +295,10 @@ impl VirtioDevice for VhostUser {
         Err("another process serves the device (vhost_user): have that one change the size".into())
     }
 
+    fn outlives_reboot(&self) -> bool {
+        !self.is_lost()
+    }
+
     fn is_lost(&self) -> bool {
         self.lent.frontend.is_gone()
     }
