@@ -54,6 +54,14 @@ pod_image() {
     return $status
 }
 
+# nested_pods: all cases with a PVH kernel, and what the other ways to boot change; all in one boot of the host.
+nested_pods() {
+    local cases=(all) name
+    for name in boot devices fs blk net vsock reset resize shim power; do cases+=("$name@igvm-6.1"); done
+    for name in boot devices unplug hotplug; do cases+=("$name@pvh-6.12"); done
+    bash resources/nested/run.sh "${cases[@]}"
+}
+
 [ -w /dev/kvm ] || echo "note: /dev/kvm is missing or not writable: the tests that boot a pod will say that they are skipped"
 step "rustfmt" cargo fmt --all --check
 step "rustfmt of the pod guest" cargo fmt --manifest-path resources/guest/Cargo.toml --check
@@ -68,7 +76,7 @@ step "licences, sources, duplicates (the advisory database is not reachable from
     cargo deny --log-level error check licenses bans sources
 if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi
 step "demo in an emulated host" "${CARGO_TARGET_DIR:-target}/release/podvisor" demo --nested --json
-step "Linux pods in an emulated host" bash resources/nested/run.sh
+step "Linux pods in an emulated host" nested_pods
 step "the pod image, twice" pod_image
 step "pods of the pod image in an emulated host" bash resources/nested/run.sh --cases resources/pod-image/cases
 step "build of what shows private memory" cargo build --release -p podvisor-snp --example private_memory --locked --quiet

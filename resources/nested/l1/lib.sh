@@ -19,11 +19,11 @@ start() {
     podvisor -v --api-socket api "$@" <$keys >>$screen 2>log &
     monitor=$!
 }
-# image PLATFORM: the case's image, with its command line in it, as ./image
+# image PLATFORM: the case's image, with its command line and PCI segments in it, as ./image
 image() {
-    rm -f image
-    podvisor igvm build --kernel /pod/vmlinuz --initrd /pod/initramfs --cmdline "$cmdline" --platform $1 --output image --sbom none >build 2>&1 ||
-        fail "podvisor igvm build: $(cat build)"
+    rm -f image; segments=$(echo "$platform" | sed -n 's/.*num_pci_segments=\([0-9]*\).*/\1/p')
+    podvisor igvm build --kernel /pod/vmlinuz --initrd /pod/initramfs --cmdline "$cmdline" --platform $1 \
+        --segments ${segments:-1} --output image --sbom none >build 2>&1 || fail "podvisor igvm build: $(cat build)"
 }
 fail() { echo "FAILED: $*"; exit 1; }
 # check WHAT COMMAND...: fails the case, naming WHAT, unless COMMAND succeeds
