@@ -51,7 +51,7 @@ impl KernelForm {
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// Nothing that is known.
-    #[error("neither a bzImage nor an ELF kernel, as it is or packed with gzip or zstd")]
+    #[error("neither a bzImage nor an ELF kernel, as it is or packed with gzip, zstd or lz4")]
     Unknown,
     /// An IGVM file.
     #[error("this is an IGVM image already")]
@@ -155,7 +155,6 @@ impl<'a> Kernel<'a> {
             ("lzma", &[0x5D, 0, 0]),
             ("bzip2", b"BZh"),
             ("lzo", &[0x89, b'L', b'Z', b'O']),
-            ("lz4", &[0x02, 0x21, 0x4C, 0x18]),
         ] {
             if packed.starts_with(magic) {
                 return Err(KernelError::Packing(name));

@@ -3,6 +3,7 @@
 //! What stage0 makes of the image is stage0's.
 
 pub mod kernel;
+mod lz4;
 mod manifest;
 mod place;
 pub mod read;

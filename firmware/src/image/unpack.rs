@@ -1,10 +1,12 @@
-//! Unpacks what a kernel is packed in: gzip or zstd, told by the first bytes, into memory of a bounded size.
+//! Unpacks what a kernel is packed in: gzip, zstd or lz4, told by the first bytes, into memory of a bounded size.
 
 use std::borrow::Cow;
 use std::io::{self, Read};
 
 use flate2::read::GzDecoder;
 use ruzstd::decoding::StreamingDecoder;
+
+use super::lz4;
 
 /// Most bytes that a file may unpack to. Linux kernels have a tenth of it.
 pub const MAX_UNPACKED: u64 = 512 << 20;
@@ -18,7 +20,7 @@ pub enum UnpackError {
     /// The packed data are broken.
     #[error("unpacking it as {format}: {source}")]
     Broken {
-        /// gzip or zstd.
+        /// gzip, zstd or lz4.
         format: &'static str,
         /// Why.
         source: io::Error,
@@ -38,6 +40,11 @@ pub fn unpack(file: &[u8]) -> Result<Cow<'_, [u8]>, UnpackError> {
     }
     if file.starts_with(ZSTD) {
         return zstd(file).map(Cow::Owned);
+    }
+    if file.starts_with(lz4::MAGIC) {
+        let format = "lz4";
+        let unpacked = lz4::unpack(file, MAX_UNPACKED).map_err(|source| UnpackError::Broken { format, source })?;
+        return within_limit(unpacked).map(Cow::Owned);
     }
     Ok(Cow::Borrowed(file))
 }
@@ -75,6 +82,10 @@ fn read(format: &'static str, decoder: impl Read) -> Result<Vec<u8>, UnpackError
         .take(MAX_UNPACKED + 1)
         .read_to_end(&mut unpacked)
         .map_err(|source| UnpackError::Broken { format, source })?;
+    within_limit(unpacked)
+}
+
+fn within_limit(unpacked: Vec<u8>) -> Result<Vec<u8>, UnpackError> {
     if unpacked.len() as u64 > MAX_UNPACKED {
         return Err(UnpackError::TooLarge);
     }

@@ -35,7 +35,7 @@ The same inputs make the same image, byte by byte; an ID block adds signatures, 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct BuildArgs {
-    /// The kernel: a bzImage (Debian's vmlinuz) or an ELF vmlinux, also packed with gzip or zstd.
+    /// The kernel: a bzImage (Debian's vmlinuz) or an ELF vmlinux, also packed with gzip, zstd or lz4.
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
     /// The initial RAM disk.

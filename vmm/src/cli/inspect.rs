@@ -1,13 +1,17 @@
 //! `podvisor igvm inspect`: what an image holds and does, for each platform it carries.
 
+mod map;
+
 use std::fmt::Write as _;
 
 use podvisor_firmware::igvm::{self, PlanOptions};
+use podvisor_firmware::image::read::{self, Payloads, Stage0Image};
 use podvisor_firmware::plan::{LaunchPlan, PageKind, Platform, Step};
 use podvisor_snp::digest::{predict, sha384};
 use serde_json::{Value, json};
 
 use super::args::InspectArgs;
+use super::igvm_build::sha256;
 use super::{Failure, chain, print};
 use crate::hex;
 
@@ -18,7 +22,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
         .and_then(|file| crate::sys::map_file(&file))
         .map_err(|e| Failure::runtime(format!("{name}: {e}")))?;
     let fail = |e: igvm::IgvmError| Failure::runtime(format!("{name}: {}", chain(&e)));
-    let mut platforms = Vec::new();
+    let (mut platforms, mut maps) = (Vec::new(), String::new());
     for info in igvm::platforms(&file).map_err(fail)? {
         let Some(platform) = info.platform() else {
             platforms.push(json!({"platform": info.name(), "supported": false}));
@@ -29,7 +33,31 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
             ..PlanOptions::default()
         };
         let plan = igvm::plan(&file, &options).map_err(fail)?;
-        platforms.push(describe(info.name(), info.compatibility_mask, &plan));
+        let mut value = describe(info.name(), info.compatibility_mask, &plan);
+        let stage0 = read::read(&plan, &sha256);
+        let rows = map::rows(&plan, stage0.as_ref().ok().and_then(Option::as_ref));
+        let _ = write!(
+            maps,
+            "\n\nmemory map, {}:\n{}",
+            info.name(),
+            map::draw(&rows).trim_end()
+        );
+        if let Some(object) = value.as_object_mut() {
+            match stage0 {
+                Ok(Some(image)) => drop(object.insert("stage0".to_owned(), stage0_json(&image))),
+                Ok(None) => {}
+                Err(error) => drop(object.insert("stage0_manifest".to_owned(), json!(chain(&error)))),
+            }
+            object.insert("map".to_owned(), map::json(&rows));
+        }
+        platforms.push(value);
+    }
+    if !args.json {
+        // The drawing tells what these tell.
+        for object in platforms.iter_mut().filter_map(Value::as_object_mut) {
+            object.remove("map");
+            object.remove("steps");
+        }
     }
     let image = json!({
         "file": args.file.to_string_lossy(),
@@ -37,7 +65,36 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
         "sha384": hex::encode(&sha384(&file)),
         "platforms": platforms,
     });
-    print(&if args.json { image.to_string() } else { text(&image) })
+    print(&if args.json {
+        image.to_string()
+    } else {
+        text(&image) + &maps
+    })
+}
+
+/// What stage0 boots.
+fn stage0_json(image: &Stage0Image) -> Value {
+    let payload = |payload: &podvisor_firmware::stage0::abi::Payload| {
+        json!({
+            "bytes": payload.len,
+            "gpa": format!("{:#x}", payload.dest),
+            "copied_from": (payload.staged != payload.dest).then(|| format!("{:#x}", payload.staged)),
+            "memory_bytes": payload.memory_len,
+        })
+    };
+    let manifest = &image.manifest;
+    json!({
+        "command_line": image.command_line,
+        "kernel": payload(&manifest.kernel),
+        "entry": format!("{:#x}", manifest.kernel.entry),
+        "initrd": if manifest.initrd.len > 0 { payload(&manifest.initrd) } else { Value::Null },
+        "chunks": manifest.chunk_count,
+        "unaccepted_memory": manifest.flags & podvisor_firmware::stage0::abi::FLAG_UNACCEPTED_MEMORY != 0,
+        "payloads": match &image.payloads {
+            Payloads::Match => "as measured".to_owned(),
+            Payloads::Differ(what) => format!("refused by stage0: {what}"),
+        },
+    })
 }
 
 fn kind_name(kind: PageKind) -> &'static str {
@@ -178,6 +235,11 @@ fn write_value(out: &mut String, value: &Value, depth: usize) {
                 let items: Vec<String> = items.iter().map(plain).collect();
                 let _ = writeln!(out, "{indent}{key}: {}", items.join(", "));
             }
+            Value::Null => {}
+            Value::Object(_) => {
+                let _ = writeln!(out, "{indent}{key}:");
+                write_value(out, value, depth + 1);
+            }
             other => {
                 let _ = writeln!(out, "{indent}{key}: {}", plain(other));
             }
@@ -186,5 +248,9 @@ fn write_value(out: &mut String, value: &Value, depth: usize) {
 }
 
 fn plain(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    // An image's text must not move the cursor of who looks at it.
+    text.chars()
+        .map(|c| if c.is_control() { '\u{FFFD}' } else { c })
+        .collect()
 }
