@@ -57,7 +57,8 @@ pub struct Span {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Payload {
-    /// GPA, page-aligned, where the image puts it: in shared pages under SEV-SNP. On a plain VM it may equal `dest`.
+    /// GPA, page-aligned, where the image puts it: in shared pages under SEV-SNP. It may equal `dest`; under SEV-SNP both
+    /// payloads and the chunk digests are measured, private pages then.
     pub staged: u64,
     /// GPA, page-aligned, where it is used.
     pub dest: u64,

@@ -56,7 +56,7 @@ pub(crate) fn run(platform: &'static dyn Platform) -> Result<core::convert::Infa
         digests: read_digests(platform, &image, engine)?,
     };
     others::share_out(job, host.vcpus - 1)?;
-    if platform.confidential() {
+    if shared(platform, &image) {
         for payload in image.payloads() {
             platform.take_back(&pages(payload.staged, payload.len))?;
         }
@@ -65,6 +65,11 @@ pub(crate) fn run(platform: &'static dyn Platform) -> Result<core::convert::Infa
     describe(platform, &image, &host)?;
     platform.hand_over()?;
     memory::jump(image.kernel.entry, BOOT_PARAMS)
+}
+
+/// Whether chunk digests and payloads come in shared pages.
+fn shared(platform: &dyn Platform, image: &Image<'_>) -> bool {
+    platform.confidential() && !image.all_in_place()
 }
 
 fn start_page() -> Range {
@@ -124,7 +129,7 @@ fn known(platform: &dyn Platform, image: &Image<'_>) -> Result<Ranges, Refusal> 
     known.add(image.chunk_pages())?;
     for payload in image.payloads() {
         known.add(pages(payload.dest, payload.len))?;
-        if platform.confidential() {
+        if shared(platform, image) {
             known.add(pages(payload.staged, payload.len))?;
         }
     }
@@ -156,7 +161,7 @@ fn engine(platform: &dyn Platform, image: &Image<'_>) -> Engine {
 /// Copies the chunk digests, and checks the copy.
 fn read_digests(platform: &dyn Platform, image: &Image<'_>, engine: Engine) -> Result<&'static [u8], Refusal> {
     let digests = memory::digests(image.chunk_count * abi::DIGEST_LEN);
-    if platform.confidential() {
+    if shared(platform, image) {
         memory::copy_shared(image.chunks, digests);
     } else {
         digests.copy_from_slice(memory::read(image.chunks, digests.len()));

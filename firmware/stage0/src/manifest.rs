@@ -84,6 +84,12 @@ fn span<'a>(bytes: &'a [u8], span: Span, what: &'static str) -> Result<&'a [u8],
         .ok_or(wrong(what, u64::from(span.offset)))
 }
 
+/// Whether a payload lies where it is used.
+#[must_use]
+pub fn in_place(payload: &Payload) -> bool {
+    payload.staged == payload.dest
+}
+
 /// How many chunks `len` bytes have.
 #[must_use]
 pub fn chunks_of(len: u64) -> u64 {
@@ -201,6 +207,12 @@ impl Image<'_> {
             .filter(|payload| payload.len > 0)
     }
 
+    /// Whether nothing is to be copied. Under SEV-SNP all of it, chunk digests included, is measured and private then.
+    #[must_use]
+    pub fn all_in_place(&self) -> bool {
+        self.payloads().all(in_place)
+    }
+
     /// The pages of the chunk digests.
     #[must_use]
     pub fn chunk_pages(&self) -> Range {
@@ -240,9 +252,9 @@ impl Image<'_> {
                 return Err(wrong("memory_len", payload.memory_len));
             }
             add(pages(payload.dest, payload.memory_len), "dest")?;
-            if payload.staged != payload.dest {
+            if !in_place(payload) {
                 add(pages(payload.staged, payload.len), "staged")?;
-            } else if snp {
+            } else if snp && !self.all_in_place() {
                 return Err(wrong("staged in place", payload.staged));
             }
         }

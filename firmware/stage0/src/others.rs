@@ -68,12 +68,13 @@ impl Job {
         None
     }
 
-    /// Accepts the chunk's pages, copies it there and hashes the copy.
+    /// Accepts the chunk's pages and copies it there, unless it lies there, and hashes it.
     fn take(&self, index: usize) -> Result<(), Refusal> {
         let chunk = self.chunk(index).ok_or(Refusal::Internal("no such chunk"))?;
-        platform::accept(self.platform, &stage0::manifest::pages(chunk.dest, chunk.len))?;
         let copy = memory::write(chunk.dest, chunk.len as usize);
+        // What lies there already was accepted by the launch.
         if chunk.staged != chunk.dest {
+            platform::accept(self.platform, &stage0::manifest::pages(chunk.dest, chunk.len))?;
             if self.platform.confidential() {
                 memory::copy_shared(chunk.staged, copy);
             } else {

@@ -34,7 +34,7 @@ pub(crate) struct Parts {
     pub(crate) kernel: Vec<u8>,
     pub(crate) initrd: Vec<u8>,
     pub(crate) command_line: String,
-    /// Whether the payloads are where they are used (plain VM only).
+    /// Whether the payloads are where they are used; under SEV-SNP they are measured then.
     pub(crate) in_place: bool,
 }
 
@@ -132,7 +132,11 @@ impl Parts {
             plan.steps.push(pages(abi::CPUID_PAGE, PageKind::Cpuid, Vec::new()));
             plan.steps.push(pages(abi::SECRETS_PAGE, PageKind::Secrets, Vec::new()));
         }
-        let staged = if snp { PageKind::Shared } else { PageKind::Normal };
+        let staged = if snp && !self.in_place {
+            PageKind::Shared
+        } else {
+            PageKind::Normal
+        };
         let place = |staged, dest| if self.in_place { dest } else { staged };
         plan.steps.extend([
             pages(abi::MANIFEST_START, PageKind::Normal, self.manifest()),

@@ -333,16 +333,16 @@ fn payloads_may_lie_where_they_are_used() {
     if !kvm() {
         return;
     }
-    let mut parts = Parts::new(Platform::Native, "N0");
-    parts.in_place = true;
-    let plan = parts.plan();
-    assert_eq!(Run::new(&plan, 1, None).told().initrd, parts.initrd);
-    let mut plan = plan;
-    tamper(&mut plan, image::KERNEL_DEST, 0x210);
-    let run = Run::new(&plan, 1, None);
-    assert!(
-        String::from_utf8(run.serial())
-            .unwrap()
-            .contains("the kernel is not the measured one")
-    );
+    for platform in PLATFORMS {
+        let native = platform == Platform::Native;
+        let mut parts = Parts::new(platform, if native { "N0" } else { "S0" });
+        parts.in_place = true;
+        let plan = parts.plan();
+        assert_eq!(Run::new(&plan, 1, None).told().initrd, parts.initrd);
+        let mut plan = plan;
+        tamper(&mut plan, image::KERNEL_DEST, 0x210);
+        let run = Run::new(&plan, 1, None);
+        let serial = String::from_utf8(run.serial()).unwrap();
+        assert!(serial.contains("the kernel is not the measured one"), "{serial}");
+    }
 }
