@@ -22,7 +22,7 @@ pub(super) struct Row {
 
 /// The ranges that `plan` fills, sorted, with the names that `stage0` gives them.
 pub(super) fn rows(plan: &LaunchPlan<'_>, stage0: Option<&Stage0Image>) -> Vec<Row> {
-    let mut rows: Vec<Row> = plan.steps.iter().filter_map(|step| row(plan, step, stage0)).collect();
+    let mut rows: Vec<Row> = plan.steps.iter().flat_map(|step| of_step(plan, step, stage0)).collect();
     rows.sort_by_key(|row| row.start);
     if let Some(image) = stage0 {
         for (what, start, len) in reserved(image) {
@@ -55,40 +55,59 @@ pub(super) fn rows(plan: &LaunchPlan<'_>, stage0: Option<&Stage0Image>) -> Vec<R
     joined
 }
 
-fn row(plan: &LaunchPlan<'_>, step: &Step<'_>, stage0: Option<&Stage0Image>) -> Option<Row> {
-    let (start, len, state, what) = match step {
+/// The ranges of one step. Neighbours in an image are one step: it is cut where stage0 has another thing.
+fn of_step(plan: &LaunchPlan<'_>, step: &Step<'_>, stage0: Option<&Stage0Image>) -> Vec<Row> {
+    let (gpa, len, state, what) = match step {
         Step::Pages { gpa, len, kind, data } => {
-            let named = stage0.and_then(|image| name(image, *gpa));
             let plain = match kind {
                 PageKind::Cpuid => "CPUID table",
                 PageKind::Secrets => "secrets",
                 _ if data.is_empty() => "zeros",
                 _ => "data",
             };
-            (
-                *gpa,
-                *len,
-                state(plan.platform, *kind),
-                named.unwrap_or(plain).to_owned(),
-            )
+            (*gpa, *len, state(plan.platform, *kind), plain.to_owned())
         }
         Step::Parameters { gpa, area } => {
-            let area = plan.areas.get(*area)?;
-            let kinds: Vec<_> = area
-                .parameters
-                .iter()
-                .map(|parameter| parameter_name(parameter.kind))
-                .collect();
-            (*gpa, area.len, "host", kinds.join(", "))
+            let Some(area) = plan.areas.get(*area) else {
+                return Vec::new();
+            };
+            let kinds = area.parameters.iter().map(|parameter| parameter_name(parameter.kind));
+            (*gpa, area.len, "host", kinds.collect::<Vec<_>>().join(", "))
         }
-        Step::Vcpu { .. } => return None,
+        Step::Vcpu { .. } => return Vec::new(),
     };
-    Some(Row {
-        start,
-        end: start.saturating_add(len),
+    let end = gpa.saturating_add(len);
+    let mut things: Vec<_> = stage0
+        .map(names)
+        .into_iter()
+        .flatten()
+        .filter(|(at, _)| *at > 0 && (gpa..end).contains(at))
+        .collect();
+    things.sort_by_key(|(at, _)| *at);
+    things.dedup_by_key(|(at, _)| *at);
+    let mut rows = vec![Row {
+        start: gpa,
+        end,
         what,
         state,
-    })
+    }];
+    for (start, name) in things {
+        let what = name.to_owned();
+        match rows.last_mut() {
+            Some(last) if last.start == start => last.what = what,
+            Some(last) => {
+                last.end = start;
+                rows.push(Row {
+                    start,
+                    end,
+                    what,
+                    state,
+                });
+            }
+            None => {}
+        }
+    }
+    rows
 }
 
 /// What becomes of pages of `kind`, in a word.
@@ -127,8 +146,8 @@ fn parameter_name(kind: ParameterKind) -> &'static str {
     }
 }
 
-/// What stage0's image has at `gpa`.
-fn name(image: &Stage0Image, gpa: u64) -> Option<&'static str> {
+/// Where stage0's image has what.
+fn names(image: &Stage0Image) -> [(u64, &'static str); 7] {
     let manifest = &image.manifest;
     [
         (
@@ -142,8 +161,6 @@ fn name(image: &Stage0Image, gpa: u64) -> Option<&'static str> {
         (manifest.kernel.staged, "kernel, to be copied"),
         (manifest.initrd.staged, "initrd, to be copied"),
     ]
-    .into_iter()
-    .find_map(|(at, name)| (at == gpa).then_some(name))
 }
 
 /// Where it needs memory that the launch leaves empty.
@@ -241,7 +258,7 @@ mod tests {
     fn plan() -> LaunchPlan<'static> {
         let mut plan = LaunchPlan::new(Platform::SevSnp);
         for (gpa, len, kind) in [
-            (0x200_0000, 0x3000, PageKind::Shared),
+            (0x1FF_F000, 0x4000, PageKind::Shared),
             (abi::STAGE0_START, 0x2000, PageKind::Normal),
             (abi::STAGE0_START + 0x2000, 0x1000, PageKind::Unmeasured),
             (abi::STAGE0_START + 0x3000, 0x1000, PageKind::Unmeasured),
@@ -267,6 +284,7 @@ mod tests {
                     memory_len: 0x5000,
                     entry: 0,
                 },
+                chunks: 0x1FF_F000,
                 ..Manifest::default()
             },
             command_line: String::new(),
@@ -284,6 +302,7 @@ mod tests {
                 (0x12_2000, 0x2000, "zeros", "unmeasured"),
                 (0x100_0000, 0x3000, "kernel", "empty"),
                 (0x100_3000, 0x2000, "kernel's working memory", "empty"),
+                (0x1FF_F000, 0x1000, "digests of the chunks", "shared"),
                 (0x200_0000, 0x3000, "kernel, to be copied", "shared"),
             ]
         );
