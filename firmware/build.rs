@@ -4,27 +4,30 @@ use std::error::Error;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 #[path = "../resources/bare_metal.rs"]
 mod bare_metal;
+#[path = "stage0/flags.rs"]
+mod flags;
 
 use bare_metal::{Loaded, Program, compile};
 
-/// The compiler uses no vector registers of its own accord: hypervisors that interpret ring 0 know few of their instructions,
-/// and zeroing a structure needs none. What hashes asks for them by name. (The compiler warns that the ABI of its target then
-/// has no floating point; stage0 has none. The target made for it, x86_64-unknown-none, is not part of a usual toolchain.)
-const TARGET_FEATURES: &str = "-Ctarget-feature=-sse,-sse2";
-
 fn main() -> Result<(), Box<dyn Error>> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("stage0");
-    for path in ["build.rs", "../resources/bare_metal.rs", "src/layout.rs"] {
+    for path in [
+        "build.rs",
+        "stage0/flags.rs",
+        "../resources/bare_metal.rs",
+        "src/layout.rs",
+    ] {
         println!("cargo::rerun-if-changed={path}");
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let program = Program {
         dir: &dir,
         name: "stage0",
-        flags: &[TARGET_FEATURES],
+        flags: flags::FLAGS,
     };
     let elf = fs::read(compile(&program, &out.join("stage0"))?)?;
     let loaded = Loaded::parse(&elf).ok_or("stage0 is not the ELF file that it should be")?;
@@ -37,6 +40,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     ] {
         writeln!(facts, "const BUILT_{name}: u64 = {value:#x};")?;
     }
+    writeln!(facts, "const BUILT_WITH: &str = {:?};", compiler()?)?;
     fs::write(out.join("stage0.rs"), facts)?;
     Ok(())
+}
+
+/// The compiler's version.
+fn compiler() -> Result<String, Box<dyn Error>> {
+    let rustc = std::env::var_os("RUSTC").ok_or("RUSTC is not set")?;
+    let said = Command::new(rustc).arg("--version").output()?;
+    Ok(String::from_utf8(said.stdout)?.trim().to_owned())
 }

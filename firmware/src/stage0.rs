@@ -11,6 +11,7 @@ mod built {
     include!(concat!(env!("OUT_DIR"), "/stage0.rs"));
     pub(super) const ENTRY: u64 = BUILT_ENTRY;
     pub(super) const MEMORY_LEN: u64 = BUILT_MEMORY_LEN;
+    pub(super) const WITH: &str = BUILT_WITH;
     pub(super) const LOADED_AT: u64 = BUILT_LOADED_AT;
 }
 
@@ -22,6 +23,9 @@ pub const ENTRY: u64 = built::ENTRY;
 
 /// Bytes of RAM that it takes from [`abi::STAGE0_START`] on, beyond its file included.
 pub const MEMORY_LEN: u64 = built::MEMORY_LEN;
+
+/// The compiler that built it, as `rustc --version` says: another makes other bytes.
+pub const COMPILER: &str = built::WITH;
 
 const _: () = {
     assert!(built::LOADED_AT == abi::STAGE0_START);

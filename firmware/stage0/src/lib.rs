@@ -17,6 +17,9 @@ pub mod refusal;
 pub mod sha256;
 pub mod work;
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;
 

@@ -20,7 +20,7 @@ use image::{Parts, file};
 use kernel::{Told, long, word};
 use podvisor_firmware::acpi::tables;
 use podvisor_firmware::plan::{LaunchPlan, PageKind, Platform, Step};
-use podvisor_firmware::stage0::{abi, codes};
+use podvisor_firmware::stage0::{COMPILER, IMAGE, abi, codes};
 use podvisor_snp::digest::predict;
 use serde_json::json;
 
@@ -76,6 +76,25 @@ impl Run {
 
 fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+#[test]
+fn stage0_is_the_recorded_one() {
+    let recorded = include_str!("../../../firmware/stage0/stage0.sha384");
+    let (digest, compiler) = recorded.trim_end().split_once("  ").unwrap();
+    if compiler != COMPILER {
+        println!("skipped: stage0.sha384 is for {compiler}, and this is {COMPILER}");
+        return;
+    }
+    let built: String = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA384, IMAGE)
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    assert_eq!(
+        built, digest,
+        "write this into firmware/stage0/stage0.sha384 when stage0 was changed"
+    );
 }
 
 #[test]
