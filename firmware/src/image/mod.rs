@@ -223,16 +223,6 @@ impl<'a> LinuxImage<'a> {
             Cow::Borrowed(shim.image),
             0,
         );
-        let rest = abi::STAGE0_START + (shim.image.len() as u64).next_multiple_of(PAGE_SIZE);
-        if snp && rest < shim.memory_end {
-            pages(
-                &mut plan,
-                rest,
-                PageKind::Unmeasured,
-                Cow::Borrowed(&[]),
-                shim.memory_end - rest,
-            );
-        }
         let kind = if self.options.measure_all || !snp {
             PageKind::Normal
         } else {

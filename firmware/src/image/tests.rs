@@ -206,7 +206,6 @@ fn steps_come_in_the_order_that_all_loaders_measure_alike() {
             "secrets",
             "normal",
             "normal",
-            "unmeasured",
             "shared",
             "shared",
             "shared",
