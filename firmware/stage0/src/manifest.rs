@@ -96,12 +96,15 @@ pub fn chunks_of(len: u64) -> u64 {
     len.div_ceil(abi::CHUNK_SIZE)
 }
 
-/// The pages of `[start, start + len)`.
+/// The pages of `[start, start + len)`, up to the end of what can be counted.
 #[must_use]
 pub fn pages(start: u64, len: u64) -> Range {
     Range {
         start,
-        end: start.saturating_add(len).next_multiple_of(PAGE),
+        end: start
+            .checked_add(len)
+            .and_then(|end| end.checked_next_multiple_of(PAGE))
+            .unwrap_or(u64::MAX),
     }
 }
 
