@@ -1,41 +1,30 @@
-# What the pod image's cases have at hand beside the rig's words. Their pods boot the image of $kernel in the way of $mode.
+# What the pod image's cases have at hand beside the rig's words. Their pods have the kernel, the initrd and the root of the
+# image for $kernel, and come up in the way of $mode.
 image=/pod-image/$kernel
-memory=256M,shared=on
-cmdline=$(cat "$image/cmdline") root=${cmdline##*podvisor.root=} blocks=${root%:*} hash=${root#*:}
-# pod MORE_OPTIONS...: boots the image in the background with the root disk $root, the command line $cmdline, the directory
+ln -sf $image/initrd /pod/initramfs
+root=$(cat $image/cmdline) root=${root##*podvisor.root=} blocks=${root%:*} hash=${root#*:}
+# pod MORE_OPTIONS...: boots the image in the background with the root disk $disk, whose root hash is $hash, and the directory
 # ./share as its containers. serial, log and api as with start.
-root=$image/root.img
+memory=256M,shared=on disk=$image/root.img
 pod() {
-    : >serial; mkdir -p share
-    set -- --cpus boot=$cpus --memory size=$memory --serial file=serial --console off \
-        --disk path=$root,readonly=on,serial=podvisor-root --fs tag=pod,shared_dir=share "$@"
-    platform=
-    case $mode in
-        pvh) set -- --kernel $image/vmlinux --initramfs $image/initrd --cmdline "$cmdline" "$@" ;;
-        bzimage) set -- --kernel $image/vmlinuz --initramfs $image/initrd --cmdline "$cmdline" "$@" ;;
-        igvm) pod_igvm native; set -- --igvm image "$@" ;;
-        igvm-snp) pod_igvm snp; set -- --igvm image --platform isolation=snp-emulated "$@" ;;
-    esac
-    podvisor -v --api-socket api "$@" </dev/null 2>log &
-    monitor=$!
+    mkdir -p share; more_cmdline=podvisor.root=$blocks:$hash
+    start --disk path=$disk,readonly=on,serial=podvisor-root --fs tag=pod,shared_dir=share "$@"
 }
-# pod_igvm PLATFORM: the pod image with the command line in it, as ./image
-pod_igvm() {
-    podvisor igvm build --kernel $image/vmlinuz --initrd $image/initrd --cmdline "$cmdline" --platform $1 --output image >build 2>&1 ||
-        fail "podvisor igvm build: $(cat build)"
-}
-# container NAME MEMORY SCRIPT: an OCI bundle in ./share with busybox, which runs SCRIPT with at most MEMORY bytes
+# container NAME MEMORY SCRIPT: an OCI bundle in ./share with busybox, which runs SCRIPT with at most MEMORY bytes (0: no
+# limit); it has ./share/NAME/host as /host
 container() {
-    mkdir -p share/$1/rootfs/bin share/$1/rootfs/proc share/$1/rootfs/dev
+    mkdir -p share/$1/rootfs/bin share/$1/rootfs/proc share/$1/rootfs/dev share/$1/rootfs/host share/$1/host
     cp /bin/busybox share/$1/rootfs/bin/
     for applet in $(busybox --list); do ln -s busybox share/$1/rootfs/bin/$applet 2>/dev/null; done
     printf %s "$3" >share/$1/rootfs/script
+    limit=; [ $2 = 0 ] || limit="\"limit\": $2"
     cat >share/$1/config.json <<END
 {"ociVersion": "1.0.2", "hostname": "$1", "root": {"path": "rootfs"},
  "process": {"args": ["/bin/sh", "/script"], "env": ["PATH=/bin"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
- "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+ "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/host", "type": "bind", "source": "/share/$1/host", "options": ["bind"]}],
  "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network"}],
-           "resources": {"memory": {"limit": $2}}}}
+           "resources": {"memory": {$limit}}}}
 END
 }
 # until_is FILE: waits for it, as long as the pod is there
@@ -47,3 +36,30 @@ until_is() {
 }
 # exited NAME CODE: waits until the container has ended, which must be with that code
 exited() { until_is share/$1/exit; [ "$(cat share/$1/exit)" = "$2" ] || fail "$1 ended with $(cat share/$1/exit), not $2: $(cat share/$1/out)"; }
+# The seed's crash: "writer" writes $marker, and then until it cannot (bid writer fill); it removes that (bid writer remove).
+# "neighbour" answers a question, and then needs 96 MiB for a moment (bid neighbour work); meanwhile it keeps the least memory
+# that was available and the number of processes killed for want of it (./share/neighbour/host/least, killed). Neither has a
+# memory limit of its own.
+marker="plain text of the pod"
+writer_and_neighbour() {
+    container writer 0 "
+step() { echo \$2 >/host/\$1.new; mv /host/\$1.new /host/\$1; }
+told() { until [ -e /host/\$1 ]; do usleep 100000; done; }
+yes '$marker' | head -c 4194304 >/marked; sync; step marked
+told fill; dd if=/dev/zero of=/full bs=64k 2>/host/error; step full \$?
+told remove; rm /full; sync; step removed"
+    container neighbour 0 "
+step() { echo \$2 >/host/\$1.new; mv /host/\$1.new /host/\$1; }
+least=999999999
+until [ -e /host/work ]; do
+    now=\$(sed -n 's/^MemAvailable: *\\([0-9]*\\) .*/\\1/p' /proc/meminfo); [ \$now -ge \$least ] || least=\$now
+    usleep 100000
+done
+step least \$least
+dd if=/dev/zero of=/dev/null bs=96M count=1 2>/dev/null; step worked \$?
+step killed \$(sed -n 's/^oom_kill //p' /proc/vmstat)
+read question </host/work; step answer \"\$question back\""
+}
+bid() { echo hello >share/$1/host/$2.new; mv share/$1/host/$2.new share/$1/host/$2; }
+# told NAME STEP: waits until the container has said so, and prints what
+told() { until_is share/$1/host/$2; cat share/$1/host/$2; }
