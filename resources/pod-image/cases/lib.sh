@@ -44,7 +44,7 @@ marker="plain text of the pod"
 writer_and_neighbour() {
     container writer 0 "
 step() { echo \$2 >/host/\$1.new; mv /host/\$1.new /host/\$1; }
-told() { until [ -e /host/\$1 ]; do usleep 100000; done; }
+told() { until [ -e /host/\$1 ]; do usleep 500000; done; }
 yes '$marker' | head -c 4194304 >/marked; sync; step marked
 told fill; dd if=/dev/zero of=/full bs=64k 2>/host/error; step full \$?
 told remove; rm /full; sync; step removed"
@@ -52,8 +52,10 @@ told remove; rm /full; sync; step removed"
 step() { echo \$2 >/host/\$1.new; mv /host/\$1.new /host/\$1; }
 least=999999999
 until [ -e /host/work ]; do
-    now=\$(sed -n 's/^MemAvailable: *\\([0-9]*\\) .*/\\1/p' /proc/meminfo); [ \$now -ge \$least ] || least=\$now
-    usleep 100000
+    while read -r key now unit; do
+        case \$key in MemAvailable:) [ \$now -ge \$least ] || least=\$now; break ;; esac
+    done </proc/meminfo
+    usleep 500000
 done
 step least \$least
 dd if=/dev/zero of=/dev/null bs=96M count=1 2>/dev/null; step worked \$?
