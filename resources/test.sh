@@ -82,7 +82,7 @@ step "demo in an emulated host" "${CARGO_TARGET_DIR:-target}/release/podvisor" d
 step "Linux pods in an emulated host" nested_pods
 step "the pod image, twice" pod_image
 step "pods of the pod image in an emulated host" bash resources/nested/run.sh --cases resources/pod-image/cases \
-    all container@igvm-6.12 container@igvm-snp-6.1
+    all container@igvm-6.12
 step "build of what shows private memory" cargo build --release -p podvisor-snp --example private_memory --locked --quiet
 step "private memory in an emulated host" bash resources/nested/private.sh
 if cargo +nightly --version >/dev/null 2>&1; then
