@@ -43,10 +43,15 @@ pub fn xsdt(tables: &[u64]) -> Vec<u8> {
 pub fn fadt(dsdt_gpa: u64) -> Vec<u8> {
     const RESET_REG_SUP: u32 = 1 << 10;
     const HW_REDUCED_ACPI: u32 = 1 << 20;
+    // IAPC_BOOT_ARCH (table 5.11): no VGA, no CMOS clock to drive; and, by the bits that are not set, no legacy devices and
+    // no 8042. A kernel does not look for what is not there.
+    const VGA_NOT_PRESENT: u16 = 1 << 2;
+    const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
     let sleep_register = || GenericAddress::io_port_address::<u8>(layout::ACPI_SHUTDOWN_PORT);
     let mut fadt = Sdt::new(*b"FACP", 276, 6, OEM_ID, OEM_TABLE_ID, 1);
     fadt.write_u32(76, u32::from(layout::ACPI_PM_TIMER_PORT));
     fadt.write_u8(91, 4); // PM_TMR_LEN
+    fadt.write_u16(109, VGA_NOT_PRESENT | CMOS_RTC_NOT_PRESENT);
     fadt.write_u32(112, RESET_REG_SUP | HW_REDUCED_ACPI);
     fadt.write(116, sleep_register()); // RESET_REG
     fadt.write_u8(128, 1); // RESET_VALUE

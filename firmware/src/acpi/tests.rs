@@ -60,6 +60,11 @@ fn a_guest_finds_every_table() {
     assert_eq!(names, ["FACP", "APIC", "MCFG", "DSDT"]);
     let fadt = found[0].1;
     assert_eq!(word(fadt, 112), 1 << 20 | 1 << 10);
+    assert_eq!(
+        (fadt[109], fadt[110]),
+        (1 << 5 | 1 << 2, 0),
+        "neither VGA nor CMOS clock"
+    );
     assert_eq!((double(fadt, 120), fadt[128]), (0x600, 1));
     assert_eq!(
         (double(fadt, 248), double(fadt, 260), double(fadt, 212)),
