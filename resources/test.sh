@@ -58,6 +58,7 @@ pod_image() {
 nested_pods() {
     local cases=(all) name
     for name in boot devices fs blk net vsock reset resize shim power; do cases+=("$name@igvm-6.1"); done
+    for name in boot devices blk; do cases+=("$name@bzimage-6.12"); done
     for name in boot devices unplug hotplug; do cases+=("$name@pvh-6.12"); done
     bash resources/nested/run.sh "${cases[@]}"
 }
