@@ -194,7 +194,7 @@ fn describe(platform: &dyn Platform, image: &Image<'_>, host: &Host) -> Result<(
         kind: Kind::Acpi,
     };
     let kept = [firmware, blob, acpi];
-    let confidential = platform.confidential();
+    let confidential = platform.stays_confidential();
     if confidential {
         let page = memory::write(BLOB_PAGE, PAGE_LEN);
         boot_params::cc_blob(page, BLOB_PAGE, abi::SECRETS_PAGE, abi::CPUID_PAGE).ok_or(NO_PAGE)?;

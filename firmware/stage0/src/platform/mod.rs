@@ -27,6 +27,11 @@ pub(crate) trait Platform: Sync {
     /// Whether memory is to be accepted.
     fn confidential(&self) -> bool;
 
+    /// Whether Linux is a guest of SEV-SNP too, and is told where its pages are.
+    fn stays_confidential(&self) -> bool {
+        false
+    }
+
     /// Agrees on how to talk to the hypervisor. First of all.
     ///
     /// # Errors

@@ -163,6 +163,10 @@ impl Platform for Hardware {
         true
     }
 
+    fn stays_confidential(&self) -> bool {
+        true
+    }
+
     fn start(&self) -> Result<(), Refusal> {
         check_status()?;
         memory::map_shared();
