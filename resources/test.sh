@@ -70,7 +70,7 @@ step "clippy" cargo clippy --workspace --all-targets --locked --quiet -- -D warn
 step "clippy of the pod guest" cargo clippy --manifest-path resources/guest/Cargo.toml --lib --bins --locked --quiet -- -D warnings
 step "unit tests of the pod guest" cargo test --manifest-path resources/guest/Cargo.toml --lib --locked --quiet
 step "rustfmt of stage0" cargo fmt --manifest-path firmware/stage0/Cargo.toml --check
-step "clippy of stage0" cargo clippy --manifest-path firmware/stage0/Cargo.toml --all-targets --locked --quiet -- -D warnings
+step "clippy of stage0" cargo clippy --manifest-path firmware/stage0/Cargo.toml --lib --bins --locked --quiet -- -D warnings
 step "unit tests of stage0" cargo test --manifest-path firmware/stage0/Cargo.toml --lib --locked --quiet
 step "build" cargo build --release --locked --quiet
 step "unit and integration tests" unit_and_integration_tests
