@@ -58,6 +58,8 @@ pod_image() {
 nested_pods() {
     local cases=(all) name
     for name in boot devices fs blk net vsock reset resize shim power; do cases+=("$name@igvm-6.1"); done
+    cases+=(boot@igvm-snp-6.1)
+    for name in boot smp fs blk vsock net power; do cases+=("$name@igvm-snp-6.12"); done
     for name in boot devices blk; do cases+=("$name@bzimage-6.12"); done
     for name in boot devices unplug hotplug; do cases+=("$name@pvh-6.12"); done
     bash resources/nested/run.sh "${cases[@]}"
@@ -83,7 +85,7 @@ step "demo in an emulated host" "${CARGO_TARGET_DIR:-target}/release/podvisor" d
 step "Linux pods in an emulated host" nested_pods
 step "the pod image, twice" pod_image
 step "pods of the pod image in an emulated host" bash resources/nested/run.sh --cases resources/pod-image/cases \
-    all container@igvm-6.12
+    all container@igvm-6.12 container@igvm-snp-6.1
 step "build of what shows private memory" cargo build --release -p podvisor-snp --example private_memory --locked --quiet
 step "private memory in an emulated host" bash resources/nested/private.sh
 if cargo +nightly --version >/dev/null 2>&1; then

@@ -7,7 +7,7 @@ use podvisor_firmware::plan::Platform;
 use podvisor_firmware::stage0::abi;
 
 fn sum(bytes: &[u8]) -> [u8; 32] {
-    let mut digest = [0; 32];
+    let mut digest = [0u8; 32];
     for (at, byte) in bytes.iter().enumerate() {
         digest[at % 32] = digest[at % 32].wrapping_mul(31).wrapping_add(*byte);
     }
