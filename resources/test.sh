@@ -57,11 +57,11 @@ pod_image() {
 # nested_pods: all cases with a PVH kernel, and what the other ways to boot change; all in one boot of the host.
 nested_pods() {
     local cases=(all) name
-    for name in boot devices fs blk net vsock reset resize shim power; do cases+=("$name@igvm-6.1"); done
+    for name in boot reset resize shim; do cases+=("$name@igvm-6.1"); done
     cases+=(boot@igvm-snp-6.1)
     for name in boot smp fs blk vsock net power; do cases+=("$name@igvm-snp-6.12"); done
     for name in boot devices blk; do cases+=("$name@bzimage-6.12"); done
-    for name in boot devices unplug hotplug; do cases+=("$name@pvh-6.12"); done
+    for name in boot hotplug; do cases+=("$name@pvh-6.12"); done
     bash resources/nested/run.sh "${cases[@]}"
 }
 

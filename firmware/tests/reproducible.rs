@@ -8,7 +8,10 @@ use std::path::Path;
 use podvisor_firmware::stage0::{ENTRY, IMAGE, MEMORY_LEN};
 
 #[path = "../../resources/bare_metal.rs"]
-#[expect(clippy::print_stdout, reason = "what it prints is for Cargo, when a build script runs it")]
+#[expect(
+    clippy::print_stdout,
+    reason = "what it prints is for Cargo, when a build script runs it"
+)]
 mod bare_metal;
 #[path = "../stage0/flags.rs"]
 mod flags;

@@ -24,7 +24,6 @@ fuzz_target!(|data: &[u8]| {
             machine: ImageMachine { max_vcpus: 1, segments: 1, memory_slots: None },
             policy: 0x3_0000,
             measure_all: false,
-            unaccepted_memory: false,
         };
         let Ok(image) = LinuxImage::new(&kernel, b"initrd", options, &sum) else { continue };
         for platform in [Platform::Native, Platform::SevSnp] {

@@ -7,7 +7,7 @@ use crate::acpi::AcpiMachine;
 use crate::acpi::baked::BakedTables;
 use crate::layout;
 use crate::plan::Platform;
-use crate::stage0::abi::{FLAG_UNACCEPTED_MEMORY, MAGIC, MANIFEST_END, MANIFEST_START, Manifest, Span, VERSION};
+use crate::stage0::abi::{MAGIC, MANIFEST_END, MANIFEST_START, Manifest, Span, VERSION};
 
 /// The manifest of `image` on `platform`.
 pub(super) fn write(image: &LinuxImage<'_>, places: &Places, platform: Platform) -> Result<Vec<u8>, ImageError> {
@@ -42,11 +42,7 @@ pub(super) fn write(image: &LinuxImage<'_>, places: &Places, platform: Platform)
     let head = Manifest {
         magic: MAGIC,
         version: VERSION,
-        flags: if options.unaccepted_memory {
-            FLAG_UNACCEPTED_MEMORY
-        } else {
-            0
-        },
+        flags: 0,
         len,
         chunk_count: u32::try_from(places.chunk_count).unwrap_or(u32::MAX),
         setup_header,

@@ -73,8 +73,6 @@ pub struct ImageOptions<'a> {
     pub policy: u64,
     /// Measure the payloads too: they lie in their places as measured pages.
     pub measure_all: bool,
-    /// The kernel takes memory that is not accepted yet.
-    pub unaccepted_memory: bool,
 }
 
 /// Computes the SHA-256 of bytes.

@@ -44,7 +44,6 @@ fn options(command_line: &str) -> ImageOptions<'_> {
         },
         policy: 0x3_0000,
         measure_all: false,
-        unaccepted_memory: false,
     }
 }
 

@@ -40,9 +40,6 @@ pub const MAX_CHUNKS: usize = 1024;
 /// Bytes of one digest, SHA-256.
 pub const DIGEST_LEN: usize = 32;
 
-/// [`Manifest::flags`]: the kernel takes memory that is not accepted yet (CONFIG_UNACCEPTED_MEMORY); give it the table.
-pub const FLAG_UNACCEPTED_MEMORY: u32 = 1;
-
 /// Bytes inside the manifest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -96,7 +93,7 @@ pub struct Manifest {
     pub magic: [u8; 8],
     /// [`VERSION`].
     pub version: u32,
-    /// FLAG_*.
+    /// Zero.
     pub flags: u32,
     /// Length in bytes of all of the manifest, this head included.
     pub len: u32,

@@ -47,8 +47,6 @@ impl Range {
 /// What is to be booted, checked.
 #[derive(Clone, Copy, Debug)]
 pub struct Image<'a> {
-    /// FLAG_*.
-    pub flags: u32,
     /// Pages that the manifest itself lies in.
     pub pages: Range,
     /// What goes to [`SETUP_HEADER`] of `boot_params`.
@@ -135,7 +133,7 @@ pub fn read(bytes: &[u8], snp: bool) -> Result<Image<'_>, Refusal> {
     let len = length(bytes)?;
     let bytes = bytes.get(..len).ok_or(wrong("length", len as u64))?;
     let (manifest, _) = Manifest::read_from_prefix(bytes).map_err(|_| wrong("too short", len as u64))?;
-    if manifest.flags & !abi::FLAG_UNACCEPTED_MEMORY != 0 {
+    if manifest.flags != 0 {
         return Err(wrong("flags", u64::from(manifest.flags)));
     }
     let setup_header = span(bytes, manifest.setup_header, "setup_header")?;
@@ -145,7 +143,6 @@ pub fn read(bytes: &[u8], snp: bool) -> Result<Image<'_>, Refusal> {
     let fixups = span(bytes, manifest.fixups, "fixups")?;
     let fixups = <[Fixup]>::ref_from_bytes(fixups).map_err(|_| wrong("fixups", u64::from(manifest.fixups.offset)))?;
     let image = Image {
-        flags: manifest.flags,
         pages: pages(abi::MANIFEST_START, len as u64),
         setup_header,
         command_line: abi::MANIFEST_START + u64::from(manifest.command_line.offset),

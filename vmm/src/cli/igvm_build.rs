@@ -74,9 +74,6 @@ pub(crate) struct BuildArgs {
     /// Put the vmlinux that is packed in a bzImage into the image: larger, and the guest need not unpack it.
     #[arg(long)]
     unpack_kernel: bool,
-    /// The kernel has CONFIG_UNACCEPTED_MEMORY: let it accept memory when it needs it.
-    #[arg(long)]
-    unaccepted_memory: bool,
     /// The image; replaced as a whole if it exists.
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
@@ -233,7 +230,6 @@ fn image_options(args: &BuildArgs) -> ImageOptions<'_> {
         },
         policy: args.policy,
         measure_all: args.measure_all,
-        unaccepted_memory: args.unaccepted_memory,
     }
 }
 

@@ -89,7 +89,6 @@ fn stage0_json(image: &Stage0Image) -> Value {
         "entry": format!("{:#x}", manifest.kernel.entry),
         "initrd": if manifest.initrd.len > 0 { payload(&manifest.initrd) } else { Value::Null },
         "chunks": manifest.chunk_count,
-        "unaccepted_memory": manifest.flags & podvisor_firmware::stage0::abi::FLAG_UNACCEPTED_MEMORY != 0,
         "payloads": match &image.payloads {
             Payloads::Match => "as measured".to_owned(),
             Payloads::Differ(what) => format!("refused by stage0: {what}"),
