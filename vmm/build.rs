@@ -8,11 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use podvisor_firmware::igvm::{BuildOptions, build};
-use podvisor_firmware::plan::{
-    GpaRange, KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Parameter, ParameterArea, ParameterKind, Platform,
-    Segment, Step, VcpuState, VpContext,
-};
-use podvisor_firmware::vmsa::vmsa_page;
+use podvisor_firmware::plan::{GpaRange, LaunchPlan, PAGE_SIZE, PageKind, ParameterKind, Platform, Step, VcpuState};
 
 #[path = "../resources/guest/src/layout.rs"]
 #[expect(
@@ -70,19 +66,11 @@ impl<'a> Image<'a> {
         let snp = platform == Platform::SevSnp;
         let mut plan = LaunchPlan::new(platform);
         plan.policy = snp.then_some(POLICY);
-        let parameters = [
+        plan.add_parameter_pages(&[
             (layout::VP_COUNT_PAGE, ParameterKind::VpCount),
             (layout::MEMORY_MAP_PAGE, ParameterKind::MemoryMap),
             (layout::COMMAND_LINE_PAGE, ParameterKind::CommandLine),
-        ];
-        for (area, (gpa, kind)) in parameters.into_iter().enumerate() {
-            plan.areas.push(ParameterArea {
-                len: PAGE_SIZE,
-                initial: Cow::Borrowed(&[]),
-                parameters: vec![Parameter { kind, offset: 0 }],
-            });
-            plan.steps.push(Step::Parameters { gpa, area });
-        }
+        ]);
         if snp {
             for (gpa, kind) in [
                 (layout::CPUID_PAGE, PageKind::Cpuid),
@@ -102,52 +90,12 @@ impl<'a> Image<'a> {
             kind: PageKind::Normal,
             data: Cow::Borrowed(self.data),
         });
-        let state = self.entry_state(snp);
-        let vmsa = if snp {
-            Cow::Owned(vmsa_page(&state).to_vec())
-        } else {
-            Cow::Borrowed(&[][..])
-        };
-        plan.vps.push(VpContext {
-            index: 0,
-            gpa: if snp { KVM_VMSA_GPA } else { 0 },
-            state,
-            vmsa,
-        });
-        plan.steps.push(Step::Vcpu { vp: 0 });
+        // EBX = 1 for SEV-SNP (`resources/guest/src/boot.s`).
+        plan.add_first_vcpu(VcpuState::protected_mode(self.entry, u32::from(snp), snp));
         plan.required_memory.push(GpaRange {
             start: layout::CPUID_PAGE,
             len: layout::USED_END - layout::CPUID_PAGE,
         });
         plan
-    }
-
-    /// 32-bit protected mode without paging, EBX = 1 for SEV-SNP (`resources/guest/src/boot.s`). Without paging every
-    /// access of an encrypted guest is to private memory, so that the stub needs no C-bit before it knows where it is.
-    fn entry_state(&self, snp: bool) -> VcpuState {
-        let code = Segment {
-            selector: 0x08,
-            attrib: 0xC9B,
-            limit: u32::MAX,
-            base: 0,
-        };
-        let data = Segment {
-            selector: 0x10,
-            attrib: 0xC93,
-            ..code
-        };
-        VcpuState {
-            rip: self.entry,
-            rbx: u64::from(snp),
-            cr0: 0x11,
-            cs: code,
-            ds: data,
-            es: data,
-            fs: data,
-            gs: data,
-            ss: data,
-            sev_features: u64::from(snp),
-            ..VcpuState::reset()
-        }
     }
 }

@@ -3,6 +3,8 @@
 
 use std::borrow::Cow;
 
+use crate::vmsa::vmsa_page;
+
 /// Bytes in a guest page; the unit of everything the SNP firmware measures.
 pub const PAGE_SIZE: u64 = 4096;
 
@@ -276,6 +278,36 @@ impl<'a> LaunchPlan<'a> {
             error_ranges: Vec::new(),
             id_block: None,
         }
+    }
+
+    /// Adds a parameter area of one page for each of `parameters`: where it is, and what fills it.
+    pub fn add_parameter_pages(&mut self, parameters: &[(u64, ParameterKind)]) {
+        for (gpa, kind) in parameters {
+            self.steps.push(Step::Parameters {
+                gpa: *gpa,
+                area: self.areas.len(),
+            });
+            self.areas.push(ParameterArea {
+                len: PAGE_SIZE,
+                initial: Cow::Borrowed(&[]),
+                parameters: vec![Parameter { kind: *kind, offset: 0 }],
+            });
+        }
+    }
+
+    /// Adds vCPU 0 with `state`, which all others start with too; under SEV-SNP with the VMSA that KVM makes of it.
+    pub fn add_first_vcpu(&mut self, state: VcpuState) {
+        let (gpa, vmsa) = match self.platform {
+            Platform::Native => (0, Cow::Borrowed(&[][..])),
+            Platform::SevSnp => (KVM_VMSA_GPA, Cow::Owned(vmsa_page(&state).to_vec())),
+        };
+        self.steps.push(Step::Vcpu { vp: self.vps.len() });
+        self.vps.push(VpContext {
+            index: 0,
+            gpa,
+            state,
+            vmsa,
+        });
     }
 
     /// The initial state of vCPU `index`: its own context, else that of index 0.

@@ -204,6 +204,38 @@ impl VcpuState {
             ..Self::default()
         }
     }
+
+    /// 32-bit protected mode without paging, flat segments, EBX = `platform`: how the bare-metal programs of podvisor's
+    /// images start. Without paging every access of an encrypted guest is to private memory, so that they need no C-bit
+    /// before they know where they are.
+    #[must_use]
+    pub fn protected_mode(entry: u64, platform: u32, snp: bool) -> Self {
+        const PROTECTED: u64 = 0x11;
+        let code = Segment {
+            selector: 0x08,
+            attrib: 0xC9B,
+            limit: u32::MAX,
+            base: 0,
+        };
+        let data = Segment {
+            selector: 0x10,
+            attrib: 0xC93,
+            ..code
+        };
+        Self {
+            rip: entry,
+            rbx: u64::from(platform),
+            cr0: PROTECTED,
+            cs: code,
+            ds: data,
+            es: data,
+            fs: data,
+            gs: data,
+            ss: data,
+            sev_features: u64::from(snp),
+            ..Self::reset()
+        }
+    }
 }
 
 #[cfg(test)]

@@ -17,12 +17,8 @@ pub use self::kernel::{Kernel, KernelError, KernelForm, Unpacking};
 pub use self::place::{PlaceError, Places};
 pub use self::unpack::{UnpackError, unpack};
 use crate::acpi::AcpiError;
-use crate::plan::{
-    GpaRange, KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Parameter, ParameterArea, ParameterKind, Platform,
-    Segment, Step, VcpuState, VpContext,
-};
+use crate::plan::{GpaRange, LaunchPlan, PAGE_SIZE, PageKind, ParameterKind, Platform, Step, VcpuState};
 use crate::stage0::{self, abi};
-use crate::vmsa::vmsa_page;
 
 /// Most vCPUs that an image can be built for: the MADT of more does not fit into its page.
 pub const MAX_VCPUS: u32 = 251;
@@ -189,7 +185,12 @@ impl<'a> LinuxImage<'a> {
         let manifest = manifest::write(self, &places, platform)?;
         let mut plan = LaunchPlan::new(platform);
         plan.policy = snp.then_some(self.options.policy);
-        parameters(&mut plan);
+        // One page each for what the host tells.
+        plan.add_parameter_pages(&[
+            (abi::VP_COUNT_PAGE, ParameterKind::VpCount),
+            (abi::MEMORY_MAP_PAGE, ParameterKind::MemoryMap),
+            (abi::MADT_PAGE, ParameterKind::Madt),
+        ]);
         if snp {
             pages(
                 &mut plan,
@@ -235,19 +236,8 @@ impl<'a> LinuxImage<'a> {
             0,
         );
         pages(&mut plan, places.initrd.staged, kind, Cow::Borrowed(self.initrd), 0);
-        let state = entry_state(shim.entry, snp);
-        let vmsa = if snp {
-            Cow::Owned(vmsa_page(&state).to_vec())
-        } else {
-            Cow::Borrowed(&[][..])
-        };
-        plan.vps.push(VpContext {
-            index: 0,
-            gpa: if snp { KVM_VMSA_GPA } else { 0 },
-            state,
-            vmsa,
-        });
-        plan.steps.push(Step::Vcpu { vp: 0 });
+        let platform = if snp { abi::PLATFORM_SNP } else { abi::PLATFORM_NATIVE };
+        plan.add_first_vcpu(VcpuState::protected_mode(shim.entry, platform, snp));
         plan.required_memory = vec![
             GpaRange {
                 start: abi::CPUID_PAGE,
@@ -276,57 +266,10 @@ fn check_command_line(text: &str, most: usize) -> Result<(), ImageError> {
     Ok(())
 }
 
-/// One page each for what the host tells: vCPUs, memory, MADT.
-fn parameters(plan: &mut LaunchPlan<'_>) {
-    let parameters = [
-        (abi::VP_COUNT_PAGE, ParameterKind::VpCount),
-        (abi::MEMORY_MAP_PAGE, ParameterKind::MemoryMap),
-        (abi::MADT_PAGE, ParameterKind::Madt),
-    ];
-    for (area, (gpa, kind)) in parameters.into_iter().enumerate() {
-        plan.areas.push(ParameterArea {
-            len: PAGE_SIZE,
-            initial: Cow::Borrowed(&[]),
-            parameters: vec![Parameter { kind, offset: 0 }],
-        });
-        plan.steps.push(Step::Parameters { gpa, area });
-    }
-}
-
 /// Adds the pages of `data`, and at least `least` bytes.
 fn pages<'a>(plan: &mut LaunchPlan<'a>, gpa: u64, kind: PageKind, data: Cow<'a, [u8]>, least: u64) {
     let len = (data.len() as u64).max(least).next_multiple_of(PAGE_SIZE);
     if len > 0 {
         plan.steps.push(Step::Pages { gpa, len, kind, data });
-    }
-}
-
-/// 32-bit protected mode without paging; EBX tells the platform. Without paging every access of an encrypted guest is to
-/// private memory, so that stage0 needs no C-bit before it knows where it is.
-fn entry_state(entry: u64, snp: bool) -> VcpuState {
-    const PROTECTED: u64 = 0x11;
-    let code = Segment {
-        selector: 0x08,
-        attrib: 0xC9B,
-        limit: u32::MAX,
-        base: 0,
-    };
-    let data = Segment {
-        selector: 0x10,
-        attrib: 0xC93,
-        ..code
-    };
-    VcpuState {
-        rip: entry,
-        rbx: u64::from(if snp { abi::PLATFORM_SNP } else { abi::PLATFORM_NATIVE }),
-        cr0: PROTECTED,
-        cs: code,
-        ds: data,
-        es: data,
-        fs: data,
-        gs: data,
-        ss: data,
-        sev_features: u64::from(snp),
-        ..VcpuState::reset()
     }
 }

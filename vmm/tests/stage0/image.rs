@@ -5,12 +5,10 @@ use std::borrow::Cow;
 use podvisor_firmware::acpi::{AcpiMachine, AcpiTables};
 use podvisor_firmware::igvm::{BuildOptions, build};
 use podvisor_firmware::plan::{
-    GpaRange, KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Parameter, ParameterArea, ParameterKind, Platform,
-    Segment, Step, VcpuState, VpContext,
+    GpaRange, LaunchPlan, PAGE_SIZE, PageKind, ParameterKind, Platform, Segment, Step, VcpuState,
 };
 use podvisor_firmware::stage0::abi::{self, Fixup, Manifest, Payload, Span};
 use podvisor_firmware::stage0::{ENTRY, IMAGE, MEMORY_LEN};
-use podvisor_firmware::vmsa::vmsa_page;
 use zerocopy::IntoBytes;
 
 use super::kernel::kernel;
@@ -109,19 +107,11 @@ impl Parts {
         let snp = self.platform == Platform::SevSnp;
         let mut plan = LaunchPlan::new(self.platform);
         plan.policy = snp.then_some(0x3_0000);
-        let parameters = [
+        plan.add_parameter_pages(&[
             (abi::VP_COUNT_PAGE, ParameterKind::VpCount),
             (abi::MEMORY_MAP_PAGE, ParameterKind::MemoryMap),
             (abi::MADT_PAGE, ParameterKind::Madt),
-        ];
-        for (area, (gpa, kind)) in parameters.into_iter().enumerate() {
-            plan.areas.push(ParameterArea {
-                len: PAGE_SIZE,
-                initial: Cow::Borrowed(&[]),
-                parameters: vec![Parameter { kind, offset: 0 }],
-            });
-            plan.steps.push(Step::Parameters { gpa, area });
-        }
+        ]);
         let pages = |gpa, kind, data: Vec<u8>| Step::Pages {
             gpa,
             len: (data.len() as u64).next_multiple_of(PAGE_SIZE).max(PAGE_SIZE),
@@ -145,18 +135,7 @@ impl Parts {
             pages(place(INITRD_STAGED, INITRD_DEST), staged, self.initrd.clone()),
             pages(CHUNKS, staged, self.chunks()),
         ]);
-        let state = entry_state(snp);
-        plan.vps.push(VpContext {
-            index: 0,
-            gpa: if snp { KVM_VMSA_GPA } else { 0 },
-            vmsa: if snp {
-                Cow::Owned(vmsa_page(&state).to_vec())
-            } else {
-                Cow::Borrowed(&[])
-            },
-            state,
-        });
-        plan.steps.push(Step::Vcpu { vp: 0 });
+        plan.add_first_vcpu(entry_state(snp));
         plan.required_memory.push(GpaRange {
             start: abi::CPUID_PAGE,
             len: abi::STAGE0_END - abi::CPUID_PAGE,
