@@ -12,6 +12,7 @@ pub mod layout;
 pub mod linux;
 pub mod machine;
 pub mod memory_map;
+pub mod ovmf;
 pub mod parameters;
 pub mod plan;
 pub mod stage0;

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use aws_lc_rs::digest::{SHA384, digest};
+use aws_lc_rs::digest::{SHA256, SHA384, digest};
 use podvisor_firmware::plan::{KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Platform, Step};
 use podvisor_firmware::vmsa::vmsa_page;
 
@@ -43,6 +43,14 @@ pub fn page_type(kind: PageKind) -> Option<u8> {
 pub fn sha384(bytes: &[u8]) -> [u8; DIGEST_LEN] {
     let mut out = [0; DIGEST_LEN];
     out.copy_from_slice(digest(&SHA384, bytes).as_ref());
+    out
+}
+
+/// SHA-256 of `bytes`.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut out = [0; 32];
+    out.copy_from_slice(digest(&SHA256, bytes).as_ref());
     out
 }
 

@@ -2,6 +2,7 @@
 //! configuration are parsed by the API's own types.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{ArgAction, Parser, Subcommand, ValueEnum};
 use podvisor_api::types::{NetConfig, PayloadConfig, RestoreConfig, VmConfig};
@@ -84,13 +85,34 @@ pub(crate) struct SizeArgs {
 
 /// `podvisor measure`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: podvisor measure pod.igvm --vcpus 2 --json")]
+#[command(after_help = "Examples:
+  podvisor measure pod.igvm --vcpus 2 --json
+  podvisor measure OVMF.amdsev.fd --vcpus 4 --cpu EPYC-Milan --kernel vmlinuz --cmdline console=ttyS0")]
 pub(crate) struct MeasureArgs {
-    /// The IGVM image.
+    /// The IGVM image, or OVMF with SEV metadata.
     pub(crate) file: PathBuf,
     /// vCPUs the pod will have: each adds its registers to the digest.
     #[arg(long, default_value_t = 1)]
     pub(crate) vcpus: u32,
+    /// Model of the vCPUs: EPYC, EPYC-Rome, EPYC-Milan, EPYC-Genoa or EPYC-Turin (QEMU's versions of them too, as
+    /// EPYC-v4), or CPUID Fn0000_0001 EAX as 0x….
+    #[arg(long, value_name = "MODEL", help_heading = "OVMF only")]
+    pub(crate) cpu: Option<CpuModel>,
+    /// Kernel that the firmware is to boot: its hash is measured.
+    #[arg(long, value_name = "FILE", help_heading = "OVMF only")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Initial RAM disk for --kernel.
+    #[arg(long, value_name = "FILE", requires = "kernel", help_heading = "OVMF only")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Command line for --kernel.
+    #[arg(long, value_name = "TEXT", requires = "kernel", help_heading = "OVMF only")]
+    pub(crate) cmdline: Option<String>,
+    /// SEV_FEATURES of the vCPUs.
+    #[arg(long, value_name = "BITS", value_parser = number, help_heading = "OVMF only")]
+    pub(crate) guest_features: Option<u64>,
+    /// The hypervisor that starts the vCPUs.
+    #[arg(long, value_enum, help_heading = "OVMF only")]
+    pub(crate) vmm_type: Option<VmmTypeArg>,
     /// What pages without data are: zeros that are measured (as the specification, QEMU and podvisor have it) or ZERO
     /// pages (as Cloud Hypervisor has it).
     #[arg(long, value_enum, default_value_t = ZeroPagesArg::AsNormal)]
@@ -98,6 +120,45 @@ pub(crate) struct MeasureArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// The hypervisors whose initial registers are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum VmmTypeArg {
+    /// QEMU on KVM, and podvisor.
+    Qemu,
+    /// Amazon EC2.
+    Ec2,
+    /// Google Compute Engine.
+    Gce,
+}
+
+/// CPUID Fn0000_0001 EAX of a processor, given by name or number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CpuModel(pub(crate) u32);
+
+impl FromStr for CpuModel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with("0x") {
+            let value = number(text)?;
+            let fits = u32::try_from(value);
+            return fits.map(Self).map_err(|_| format!("{text} has more than 32 bits"));
+        }
+        podvisor_firmware::ovmf::cpu_signature(text)
+            .map(Self)
+            .ok_or_else(|| format!("no processor {text}: EPYC, EPYC-Rome, EPYC-Milan, EPYC-Genoa, EPYC-Turin, or 0x…"))
+    }
+}
+
+/// A number, decimal or 0x….
+fn number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| format!("{text} is no number: decimal, or hexadecimal as 0x…"))
 }
 
 /// The readings of a page without data.
