@@ -11,9 +11,11 @@ pub const REPORT_LEN: usize = 1184;
 /// The signature covers the bytes before it.
 pub const SIGNED_LEN: usize = 0x2A0;
 
-/// A TCB_VERSION of the Milan and Genoa families: its four components.
+/// A TCB_VERSION: its components (AMD 56860 2.2, table 5).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tcb {
+    /// FMC, which processors from Turin on have.
+    pub fmc: Option<u8>,
     /// Boot loader.
     pub boot_loader: u8,
     /// PSP operating system.
@@ -25,17 +27,34 @@ pub struct Tcb {
 }
 
 impl Tcb {
-    /// The u64 form.
+    /// The u64 form: Turin's where there is an FMC, Milan's and Genoa's otherwise.
     #[must_use]
     pub fn to_raw(self) -> u64 {
-        u64::from_le_bytes([self.boot_loader, self.tee, 0, 0, 0, 0, self.snp, self.microcode])
+        u64::from_le_bytes(match self.fmc {
+            None => [self.boot_loader, self.tee, 0, 0, 0, 0, self.snp, self.microcode],
+            Some(fmc) => [fmc, self.boot_loader, self.tee, self.snp, 0, 0, 0, self.microcode],
+        })
     }
 
-    /// Reads the u64 form; reserved bytes are not looked at.
+    /// Reads the u64 form of Turin; reserved bytes are not looked at.
+    #[must_use]
+    pub fn from_turin(raw: u64) -> Self {
+        let [fmc, boot_loader, tee, snp, _, _, _, microcode] = raw.to_le_bytes();
+        Self {
+            fmc: Some(fmc),
+            boot_loader,
+            tee,
+            snp,
+            microcode,
+        }
+    }
+
+    /// Reads the u64 form of Milan and Genoa; reserved bytes are not looked at.
     #[must_use]
     pub fn from_raw(raw: u64) -> Self {
         let [boot_loader, tee, _, _, _, _, snp, microcode] = raw.to_le_bytes();
         Self {
+            fmc: None,
             boot_loader,
             tee,
             snp,
@@ -46,10 +65,59 @@ impl Tcb {
     /// Whether no component is newer than `other`'s.
     #[must_use]
     pub fn at_most(self, other: Self) -> bool {
-        self.boot_loader <= other.boot_loader
+        self.fmc <= other.fmc
+            && self.boot_loader <= other.boot_loader
             && self.tee <= other.tee
             && self.snp <= other.snp
             && self.microcode <= other.microcode
+    }
+}
+
+impl std::fmt::Display for Tcb {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(fmc) = self.fmc {
+            write!(f, "fmc={fmc},")?;
+        }
+        let Self {
+            boot_loader,
+            tee,
+            snp,
+            microcode,
+            ..
+        } = self;
+        write!(f, "bl={boot_loader},tee={tee},snp={snp},ucode={microcode}")
+    }
+}
+
+/// Text that is no TCB.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("TCB {0:?}: {1}")]
+pub struct TcbError(String, &'static str);
+
+impl std::str::FromStr for Tcb {
+    type Err = TcbError;
+
+    /// Reads `bl=N,tee=N,snp=N,ucode=N[,fmc=N]`, in any order; what is left out is 0.
+    fn from_str(text: &str) -> Result<Self, TcbError> {
+        let bad = |why| TcbError(text.to_owned(), why);
+        let mut tcb = Self::default();
+        for part in text.split(',') {
+            let (name, value) = part
+                .split_once('=')
+                .ok_or_else(|| bad("must be bl=N,tee=N,snp=N,ucode=N[,fmc=N]"))?;
+            let value = value
+                .parse()
+                .map_err(|_| bad("a component must be a number from 0 to 255"))?;
+            match name {
+                "bl" => tcb.boot_loader = value,
+                "tee" => tcb.tee = value,
+                "snp" => tcb.snp = value,
+                "ucode" => tcb.microcode = value,
+                "fmc" => tcb.fmc = Some(value),
+                _ => return Err(bad("knows bl, tee, snp, ucode and fmc")),
+            }
+        }
+        Ok(tcb)
     }
 }
 
@@ -185,16 +253,91 @@ impl Report {
         self.field(at::CHIP_ID)
     }
 
+    /// Family, model and stepping of the processor; none before version 3, which does not tell.
+    #[must_use]
+    pub fn processor(&self) -> Option<[u8; 3]> {
+        (self.version() >= 3).then(|| self.field(at::CPUID_FAMILY))
+    }
+
+    /// The product line of the processor (AMD 57230 section 3.1: Milan and Genoa are family 0x19, Turin is 0x1A); none
+    /// where the report does not tell, or it is another.
+    #[must_use]
+    pub fn product_line(&self) -> Option<&'static str> {
+        match self.processor()? {
+            [0x19, 0x00..=0x0F, _] => Some("Milan"),
+            // Genoa, and Siena and Bergamo, which have its certificates.
+            [0x19, 0x10..=0x1F | 0xA0..=0xAF, _] => Some("Genoa"),
+            [0x1A, 0x00..=0x11, _] => Some("Turin"),
+            _ => None,
+        }
+    }
+
+    fn tcb(&self, offset: usize) -> Tcb {
+        let raw = u64::from_le_bytes(self.field(offset));
+        match self.processor() {
+            Some([family, ..]) if family >= 0x1A => Tcb::from_turin(raw),
+            _ => Tcb::from_raw(raw),
+        }
+    }
+
     /// REPORTED_TCB.
     #[must_use]
     pub fn reported_tcb(&self) -> Tcb {
-        Tcb::from_raw(u64::from_le_bytes(self.field(at::REPORTED_TCB)))
+        self.tcb(at::REPORTED_TCB)
     }
 
     /// CURRENT_TCB.
     #[must_use]
     pub fn current_tcb(&self) -> Tcb {
-        Tcb::from_raw(u64::from_le_bytes(self.field(at::CURRENT_TCB)))
+        self.tcb(at::CURRENT_TCB)
+    }
+
+    /// COMMITTED_TCB.
+    #[must_use]
+    pub fn committed_tcb(&self) -> Tcb {
+        self.tcb(at::COMMITTED_TCB)
+    }
+
+    /// LAUNCH_TCB.
+    #[must_use]
+    pub fn launch_tcb(&self) -> Tcb {
+        self.tcb(at::LAUNCH_TCB)
+    }
+
+    /// FAMILY_ID and IMAGE_ID of the ID block.
+    #[must_use]
+    pub fn identity(&self) -> ([u8; 16], [u8; 16]) {
+        (self.field(at::FAMILY_ID), self.field(at::IMAGE_ID))
+    }
+
+    /// PLATFORM_INFO: bit 0 SMT, bit 1 TSME, bit 2 ECC, bit 3 RAPL off, bit 4 ciphertext hiding, bit 5 alias check done.
+    #[must_use]
+    pub fn platform_info(&self) -> u64 {
+        u64::from_le_bytes(self.field(at::PLATFORM_INFO))
+    }
+
+    /// SIGNER_INFO.
+    #[must_use]
+    pub fn signer_info(&self) -> u32 {
+        u32::from_le_bytes(self.field(at::SIGNER_INFO))
+    }
+
+    /// AUTHOR_KEY_DIGEST.
+    #[must_use]
+    pub fn author_key_digest(&self) -> [u8; 48] {
+        self.field(at::AUTHOR_KEY_DIGEST)
+    }
+
+    /// REPORT_ID, and that of the migration agent.
+    #[must_use]
+    pub fn report_ids(&self) -> ([u8; 32], [u8; 32]) {
+        (self.field(at::REPORT_ID), self.field(at::REPORT_ID_MA))
+    }
+
+    /// Build, minor and major number of the firmware: current, committed.
+    #[must_use]
+    pub fn firmware_versions(&self) -> ([u8; 3], [u8; 3]) {
+        (self.field(at::CURRENT_VERSION), self.field(at::COMMITTED_VERSION))
     }
 
     /// `r || s` big-endian of the signature; None when a number is too large.

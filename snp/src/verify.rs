@@ -1,5 +1,5 @@
 //! Whether an attestation report is to be believed: its certificate chain up to a root that the caller names, its signature,
-//! its fields, and what the caller expects it to say. No root is built in but by name.
+//! its fields, and what the caller expects it to say. AMD's roots are built in; the emulation's is trusted only by name.
 
 use std::time::SystemTime;
 
@@ -8,13 +8,35 @@ use aws_lc_rs::signature::{ECDSA_P384_SHA384_FIXED, UnparsedPublicKey};
 use crate::chain::table::{self, TableError};
 use crate::chain::test_root;
 use crate::chain::x509::{Cert, Vcek, X509Error};
-use crate::report::{Report, ReportLength, at};
+use crate::report::{Report, ReportLength, Tcb, at};
 
 /// Policy bits: must be one, debugging allowed.
 const POLICY_MBO: u64 = 1 << 17;
 const POLICY_DEBUG: u64 = 1 << 19;
 /// Policy bits that no version of the specification defines.
 const POLICY_RESERVED: u64 = !0 << 26;
+
+/// AMD's certificates, ARK and ASK of each product line (`snp/amd-roots/`).
+const AMD: [(&[u8], &[u8]); 3] = [
+    (
+        include_bytes!("../amd-roots/milan-ark.der"),
+        include_bytes!("../amd-roots/milan-ask.der"),
+    ),
+    (
+        include_bytes!("../amd-roots/genoa-ark.der"),
+        include_bytes!("../amd-roots/genoa-ask.der"),
+    ),
+    (
+        include_bytes!("../amd-roots/turin-ark.der"),
+        include_bytes!("../amd-roots/turin-ask.der"),
+    ),
+];
+
+/// AMD's own intermediate certificates (ASK, DER), for reports that come with a VCEK alone. They are believed only with
+/// their root.
+pub fn amd_intermediates() -> impl Iterator<Item = &'static [u8]> {
+    AMD.iter().map(|(_, ask)| *ask)
+}
 
 /// Roots (ARK certificates, DER) that the caller trusts.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +53,19 @@ impl Roots {
     #[must_use]
     pub fn emulated() -> Self {
         Self(vec![test_root().to_vec()])
+    }
+
+    /// AMD's roots, of Milan, Genoa and Turin.
+    #[must_use]
+    pub fn amd() -> Self {
+        Self(AMD.iter().map(|(ark, _)| ark.to_vec()).collect())
+    }
+
+    /// Adds those of `other`.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
     }
 
     /// Adds the ARK certificate `der`.
@@ -86,6 +121,10 @@ pub struct Expectations {
     pub vmpl: Option<u32>,
     /// ID_KEY_DIGEST.
     pub id_key_digest: Option<[u8; 48]>,
+    /// AUTHOR_KEY_DIGEST.
+    pub author_key_digest: Option<[u8; 48]>,
+    /// The oldest TCB that will do; its components are compared one by one, an FMC only where the processor has one.
+    pub min_tcb: Option<Tcb>,
     /// Whether a guest that its host may debug is acceptable.
     pub allow_debug: bool,
     /// The time at which the certificates must be valid; None: now.
@@ -180,6 +219,7 @@ pub fn verify(
         .map_err(|_| VerifyError::Signature)?;
     check_fields(&report, expected)?;
     check_against_vcek(&report, &vcek)?;
+    check_line(&report, &root)?;
     check_expected(&report, expected)?;
     Ok(Verified {
         report,
@@ -314,6 +354,18 @@ fn check_against_vcek(report: &Report, vcek: &Vcek) -> Result<(), VerifyError> {
     )
 }
 
+/// The processor that the report names is of the root's product line.
+fn check_line(report: &Report, root: &str) -> Result<(), VerifyError> {
+    match report.product_line() {
+        Some(line) if root.strip_prefix("ARK-") != Some(line) => Err(VerifyError::Unexpected {
+            field: "CPUID_FAM_ID, CPUID_MOD_ID",
+            got: line.to_owned(),
+            want: root.strip_prefix("ARK-").unwrap_or(root).to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 fn check_expected(report: &Report, expected: &Expectations) -> Result<(), VerifyError> {
     expect("MEASUREMENT", &report.measurement(), expected.digest.as_ref())?;
     expect("HOST_DATA", &report.host_data(), expected.host_data.as_ref())?;
@@ -323,6 +375,25 @@ fn check_expected(report: &Report, expected: &Expectations) -> Result<(), Verify
         &report.id_key_digest(),
         expected.id_key_digest.as_ref(),
     )?;
+    expect(
+        "AUTHOR_KEY_DIGEST",
+        &report.author_key_digest(),
+        expected.author_key_digest.as_ref(),
+    )?;
+    if let Some(min) = expected.min_tcb {
+        let reported = report.reported_tcb();
+        let min = Tcb {
+            fmc: min.fmc.filter(|_| reported.fmc.is_some()),
+            ..min
+        };
+        if !min.at_most(reported) {
+            return Err(VerifyError::Unexpected {
+                field: "REPORTED_TCB",
+                got: reported.to_string(),
+                want: format!("{min} or newer"),
+            });
+        }
+    }
     let policy = expected.policy.map(u64::to_be_bytes);
     expect("POLICY", &report.policy().to_be_bytes(), policy.as_ref())?;
     let vmpl = expected.vmpl.map(u32::to_be_bytes);

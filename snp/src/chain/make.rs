@@ -38,6 +38,7 @@ impl Identity {
             product: "Milan-B1",
             chip_id: *b"PODVISOR EMULATED SEV-SNP - NOT HARDWARE - IT PROTECTS NOTHING!!",
             tcb: Tcb {
+                fmc: None,
                 boot_loader: 4,
                 tee: 0,
                 snp: 24,

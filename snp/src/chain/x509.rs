@@ -25,6 +25,8 @@ pub(crate) const STRUCT_VERSION: &str = "1.3.6.1.4.1.3704.1.1";
 pub(crate) const PRODUCT_NAME: &str = "1.3.6.1.4.1.3704.1.2";
 /// hwID.
 pub(crate) const HW_ID: &str = "1.3.6.1.4.1.3704.1.4";
+/// cspID, which a VLEK has instead of hwID.
+pub(crate) const CSP_ID: &str = "1.3.6.1.4.1.3704.1.5";
 /// Security patch levels: boot loader, TEE, SNP, four reserved ones, microcode.
 pub(crate) const SPL: [&str; 8] = [
     "1.3.6.1.4.1.3704.1.3.1",
@@ -36,6 +38,8 @@ pub(crate) const SPL: [&str; 8] = [
     "1.3.6.1.4.1.3704.1.3.7",
     "1.3.6.1.4.1.3704.1.3.8",
 ];
+/// Security patch level of the FMC, which processors from Turin on have.
+pub(crate) const SPL_FMC: &str = "1.3.6.1.4.1.3704.1.3.9";
 /// Largest certificate that is looked at.
 const MAX_DER: usize = 16 << 10;
 
@@ -156,6 +160,10 @@ impl Cert {
         self.0.tbs_certificate.extensions.iter().flatten()
     }
 
+    fn has(&self, oid: &str) -> bool {
+        self.extensions().any(|extension| extension.extn_id.to_string() == oid)
+    }
+
     /// The value of the extension `oid`, which must be there exactly once.
     fn extension(&self, oid: &str) -> Result<&[u8], X509Error> {
         let missing = || X509Error::Extension(oid.to_string(), "must be there once");
@@ -207,6 +215,18 @@ impl Vcek {
         let alien = cert
             .extensions()
             .find(|extension| !is_amd(extension.extn_id) && extension.extn_id != AUTHORITY_KEY_ID);
+        let known =
+            |oid: &str| SPL.contains(&oid) || [STRUCT_VERSION, PRODUCT_NAME, HW_ID, SPL_FMC, CSP_ID].contains(&oid);
+        let unknown = cert
+            .extensions()
+            .map(|extension| extension.extn_id)
+            .find(|oid| is_amd(*oid) && !known(&oid.to_string()));
+        if let Some(oid) = unknown {
+            return Err(X509Error::Extension(
+                oid.to_string(),
+                "is not known, and may change what the others mean",
+            ));
+        }
         if let Some(alien) = alien {
             return Err(X509Error::Extension(alien.extn_id.to_string(), "is none of AMD's"));
         }
@@ -220,18 +240,14 @@ impl Vcek {
             *level = cert.small_number(oid)?;
         }
         let [boot_loader, tee, snp, .., microcode] = levels;
-        let raw = cert.extension(HW_ID)?;
-        // Either the 64 bytes themselves or an OCTET STRING of them.
-        let chip_id = raw
-            .strip_prefix(&[4, 64])
-            .filter(|bytes| bytes.len() == 64)
-            .unwrap_or(raw)
-            .try_into()
-            .map_err(|_| X509Error::Extension(HW_ID.to_string(), "must have 64 bytes"))?;
+        let fmc = cert.has(SPL_FMC).then(|| cert.small_number(SPL_FMC)).transpose()?;
+        let chip_id = chip_id(cert.extension(HW_ID)?)
+            .ok_or_else(|| X509Error::Extension(HW_ID.to_string(), "must have 64 bytes, or 8 from Turin on"))?;
         Ok(Self {
             product: product.as_str().to_owned(),
             chip_id,
             tcb: Tcb {
+                fmc,
                 boot_loader,
                 tee,
                 snp,
@@ -240,6 +256,21 @@ impl Vcek {
             public_key: cert.key(EC_PUBLIC_KEY, "an elliptic-curve key")?.to_vec(),
         })
     }
+}
+
+/// hwID: the bytes themselves or an OCTET STRING of them; 64, or 8, which the report's CHIP_ID has before zeros.
+fn chip_id(raw: &[u8]) -> Option<[u8; 64]> {
+    let bytes = match raw {
+        [4, len @ (8 | 64), rest @ ..] if rest.len() == usize::from(*len) => rest,
+        other => other,
+    };
+    let mut id = [0; 64];
+    match bytes.len() {
+        8 => id.first_chunk_mut::<8>()?.copy_from_slice(bytes),
+        64 => id.copy_from_slice(bytes),
+        _ => return None,
+    }
+    Some(id)
 }
 
 fn is_amd(oid: ObjectIdentifier) -> bool {

@@ -54,6 +54,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: IgvmCommand,
     },
+    /// Print or verify a SEV-SNP attestation report.
+    Attest {
+        #[command(subcommand)]
+        command: super::attest::AttestCommand,
+    },
 }
 
 /// Tools for IGVM images.
@@ -153,7 +158,7 @@ impl FromStr for CpuModel {
 }
 
 /// A number, decimal or 0x….
-fn number(text: &str) -> Result<u64, String> {
+pub(super) fn number(text: &str) -> Result<u64, String> {
     let parsed = match text.strip_prefix("0x") {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => text.parse(),

@@ -2,6 +2,7 @@
 //! Exit codes: 0 done, 1 it failed, 2 wrong usage or no /dev/kvm.
 
 mod args;
+mod attest;
 mod ctl;
 mod igvm_build;
 mod inspect;
@@ -57,6 +58,7 @@ pub fn run(start: Instant) -> ExitCode {
         Some(Command::Top(args)) => top::run(&args),
         Some(Command::Size(args)) => size::run(&args),
         Some(Command::Measure(args)) => measure::run(&args),
+        Some(Command::Attest { command }) => attest::run(&command),
         Some(Command::Demo(args)) => return ExitCode::from(crate::demo::run(&args)),
         Some(Command::Igvm {
             command: IgvmCommand::Inspect(args),
