@@ -83,6 +83,11 @@ step "licences, sources, duplicates (the advisory database is not reachable from
 if [ -w /dev/kvm ]; then step "demo" demo; else skip "demo" "no /dev/kvm"; fi
 step "demo in an emulated host" "${CARGO_TARGET_DIR:-target}/release/podvisor" demo --nested --json
 step "Linux pods in an emulated host" nested_pods
+case $(bash resources/oracles/digests.sh fetch >&2; echo $?) in
+    77) skip "OVMF's launch digests, beside sev-snp-measure" "no network to fetch Debian's OVMF and sev-snp-measure" ;;
+    *) step "OVMF's launch digests, beside sev-snp-measure" \
+        bash resources/oracles/digests.sh compare "${CARGO_TARGET_DIR:-target}/release/podvisor" ;;
+esac
 step "the pod image, twice" pod_image
 step "pods of the pod image in an emulated host" bash resources/nested/run.sh --cases resources/pod-image/cases \
     all container@igvm-6.12 container@igvm-snp-6.1

@@ -9,6 +9,9 @@ use crate::plan::{KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Platform, Segme
 use crate::vmsa::vmsa_page;
 
 const FOUR_GIB: u64 = 1 << 32;
+/// [`PAGE_SIZE`], as lengths in the file and of sections have it.
+const PAGE: u32 = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_SIZE);
 /// The reset vector's page segment ends here; the table of GUIDed entries ends 32 bytes before the end of the volume.
 const TABLE_END: usize = 32;
 /// A table entry ends with its length (u16, all of it) and its GUID.
@@ -184,13 +187,7 @@ pub fn plan<'a>(file: &'a [u8], options: &OvmfOptions) -> Result<LaunchPlan<'a>,
     let reset = table.word(&ES_RESET_BLOCK).ok_or(OvmfError::Table(
         "the entry with the start address of secondary processors is missing",
     ))?;
-    let mut plan = LaunchPlan::new(Platform::SevSnp);
-    plan.steps.push(Step::Pages {
-        gpa: FOUR_GIB - size,
-        len: size,
-        kind: PageKind::Normal,
-        data: Cow::Borrowed(file),
-    });
+    let mut plan = volume(file);
     let sections = sections(file, &table)?;
     let hashes = options.hashes.map(|hashes| hash_page(&table, &hashes)).transpose()?;
     if hashes.is_some() && !sections.iter().any(|section| section.kind == KERNEL_HASHES) {
@@ -215,6 +212,21 @@ pub fn plan<'a>(file: &'a [u8], options: &OvmfOptions) -> Result<LaunchPlan<'a>,
         });
     }
     Ok(plan)
+}
+
+/// The part of [`plan`] that is the volume alone: its digest is what sev-snp-measure calls the OVMF hash, from which others
+/// go on with metadata and registers.
+#[must_use]
+pub fn volume(file: &[u8]) -> LaunchPlan<'_> {
+    let size = file.len() as u64;
+    let mut plan = LaunchPlan::new(Platform::SevSnp);
+    plan.steps.push(Step::Pages {
+        gpa: FOUR_GIB.saturating_sub(size),
+        len: size,
+        kind: PageKind::Normal,
+        data: Cow::Borrowed(file),
+    });
+    plan
 }
 
 /// The GUIDed entries, from the last to the first.
@@ -337,11 +349,10 @@ fn sections(file: &[u8], table: &Table<'_>) -> Result<Vec<Section>, OvmfError> {
         if ![SEC_MEM, SECRETS, CPUID, SVSM_CAA, KERNEL_HASHES].contains(&kind) {
             return Err(refuse("an unknown type"));
         }
-        let page = PAGE_SIZE as u32;
-        if !base.is_multiple_of(page) || !len.is_multiple_of(page) || len == 0 || len > MAX_SECTION {
+        if !base.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) || len == 0 || len > MAX_SECTION {
             return Err(refuse("must be whole pages, at least one, at most 16 MiB"));
         }
-        if kind != SEC_MEM && kind != SVSM_CAA && len != page {
+        if kind != SEC_MEM && kind != SVSM_CAA && len != PAGE {
             return Err(refuse("must be one page"));
         }
         if u64::from(base) + u64::from(len) > FOUR_GIB - file.len() as u64 {
@@ -355,7 +366,7 @@ fn sections(file: &[u8], table: &Table<'_>) -> Result<Vec<Section>, OvmfError> {
 /// The page that holds the table of hashes, where the firmware looks for it (QEMU `PaddedSevHashTable`).
 fn hash_page(table: &Table<'_>, hashes: &BootHashes) -> Result<Vec<u8>, OvmfError> {
     let area = table.word(&HASH_TABLE_AREA).filter(|area| *area != 0);
-    let offset = area.ok_or(OvmfError::NoHashTable)? as usize % PAGE_SIZE as usize;
+    let offset = (area.ok_or(OvmfError::NoHashTable)? % PAGE) as usize;
     let entries = [
         (HASH_CMDLINE, hashes.command_line),
         (HASH_INITRD, hashes.initrd),
@@ -370,10 +381,10 @@ fn hash_page(table: &Table<'_>, hashes: &BootHashes) -> Result<Vec<u8>, OvmfErro
         page.extend_from_slice(&ENTRY.to_le_bytes());
         page.extend_from_slice(&hash);
     }
-    if page.len() > PAGE_SIZE as usize {
+    if page.len() > PAGE as usize {
         return Err(OvmfError::Table("its table of kernel hashes crosses a page"));
     }
-    page.resize(PAGE_SIZE as usize, 0);
+    page.resize(PAGE as usize, 0);
     Ok(page)
 }
 

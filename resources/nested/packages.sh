@@ -4,11 +4,12 @@
 #   unpacked NAME SUITE   the same, and sets $package_dir to a directory with its files (read them, do not write there)
 #   kernel WHICH          sets $kernel_dir to a directory that holds boot/vmlinuz-*, the modules, and of a Debian kernel
 #                         vmlinux (the ELF inside it). WHICH is 6.1, 6.12, or such a directory (a path with a slash)
-# SUITE is bookworm or bookworm-backports. The machine's own apt is only asked for its mirror: lists and settings live in an
+# SUITE is one of $suites: bookworm and bookworm-backports, unless the script that sources this sets $cache and $suites. The machine's own apt is only asked for its mirror: lists and settings live in an
 # apt root of the rig's own, so that the same packages come whatever Debian release runs it. Several scripts may ask at once.
 
 nested=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/podvisor/nested
+suites=(bookworm bookworm-backports)
 lists_are_good_for=1440 # minutes
 
 # The rig's apt, on its own root.
@@ -40,8 +41,10 @@ update_lists() {
     [ -n "$mirror" ] || { echo "apt's sources name no Debian mirror: add one to /etc/apt/sources.list" >&2; return 1; }
     mkdir -p "$cache"/apt/{lists/partial,archives/partial,etc/apt/preferences.d,var/lib/apt/lists/partial,var/cache/apt/archives/partial}
     : >"$cache/apt/status"
-    printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
-        "$mirror" bookworm "$mirror" bookworm-backports >"$cache/apt/sources.list"
+    local suite
+    for suite in "${suites[@]}"; do
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main"
+    done >"$cache/apt/sources.list"
     if rig_apt apt-get update >"$cache/apt/log" 2>&1; then touch "$cache/apt/refreshed"
     else echo "note: the package lists could not be refreshed (see $cache/apt/log)" >&2; fi
 }

@@ -215,6 +215,14 @@ pub fn predict_each(plan: &LaunchPlan<'_>, vcpus: u32, mut each: impl FnMut(Pred
     Ok(())
 }
 
+/// The digest of the pages of `plan` alone, before the first vCPU: what launches of the same pages have in common.
+///
+/// # Errors
+/// As [`predict`], but for what concerns vCPUs.
+pub fn predict_pages(plan: &LaunchPlan<'_>) -> Result<[u8; DIGEST_LEN], PredictError> {
+    measure_pages(plan).map(|(chain, _)| chain.current)
+}
+
 /// The digest before the first VMSA, and the bytes that it measures.
 fn measure_pages(plan: &LaunchPlan<'_>) -> Result<(LaunchDigest, u64), PredictError> {
     let mut chain = LaunchDigest::new();

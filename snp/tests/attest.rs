@@ -18,7 +18,7 @@ use guest::*;
 use podvisor_snp::chain::make::{Identity, make, write};
 use podvisor_snp::chain::{SigningChain, test_root};
 use podvisor_snp::report::Report;
-use podvisor_snp::verify::{Certificates, Expectations, Roots, VerifyError, verify};
+use podvisor_snp::verify::{Certificates, Expectations, Roots, VerifyError, amd_intermediates, verify};
 use sev::certs::snp::{Chain, Verifiable};
 use sev::firmware::guest::AttestationReport;
 use sev::parser::ByteParser;
@@ -236,4 +236,59 @@ fn what_is_not_as_expected_is_named() {
         "ID_KEY_DIGEST"
     );
     assert!(Report::from_bytes(&report).is_ok());
+}
+
+#[test]
+fn amds_roots_are_those_that_the_sev_crate_publishes_and_believe_no_emulated_report() {
+    use sev::certs::snp::builtin::{genoa, milan, turin};
+    let intermediates: Vec<&[u8]> = amd_intermediates().collect();
+    let published = [milan::ask(), genoa::ask(), turin::ask()].map(|ask| ask.unwrap().to_der().unwrap());
+    assert_eq!(intermediates, published);
+    let report = sandbox().report(1, [1; 64]);
+    let all = Expectations::default();
+    assert_eq!(
+        verify(&report, &certificates(), &all, &Roots::amd()),
+        Err(VerifyError::Root(3))
+    );
+    for (ark, ask) in [milan::ark(), genoa::ark(), turin::ark()].into_iter().zip(published) {
+        let ark = ark.unwrap().to_der().unwrap();
+        // The ASK is believed with the published root and with the built-in ones alike; then the VCEK is not by it.
+        let certificates = Certificates {
+            ask,
+            vcek: certificates().vcek,
+        };
+        for roots in [Roots::none().with(&ark).unwrap(), Roots::amd()] {
+            let refused = verify(&report, &certificates, &all, &roots);
+            assert!(
+                matches!(refused, Err(VerifyError::Certificate { which: "VCEK", .. })),
+                "{refused:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_chain_of_another_root_with_the_same_names_is_refused() {
+    let report = sandbox().report(1, [1; 64]);
+    let forged = make(&Identity::emulated()).unwrap();
+    let check = |ask: &[u8], vcek: &[u8], roots: &Roots| {
+        let certificates = Certificates {
+            ask: ask.to_vec(),
+            vcek: vcek.to_vec(),
+        };
+        verify(&report, &certificates, &Expectations::default(), roots)
+    };
+    let [ark, ask, vcek, _] = &forged;
+    // go-sev-guest before 0.15 took the ASK and ARK that came with the report for roots.
+    assert_eq!(check(ask, vcek, &Roots::amd()), Err(VerifyError::Root(3)));
+    assert_eq!(check(ask, vcek, &Roots::emulated()), Err(VerifyError::Root(1)));
+    assert_eq!(check(ark, vcek, &Roots::emulated()), Err(VerifyError::Root(1)));
+    // All its own: the report is not by its VCEK.
+    let own = Roots::none().with(ark).unwrap();
+    assert_eq!(check(ask, vcek, &own), Err(VerifyError::Signature));
+    // A self-signed certificate in the ASK's place issued nothing.
+    assert!(matches!(
+        check(ark, vcek, &own),
+        Err(VerifyError::Certificate { which: "VCEK", .. })
+    ));
 }

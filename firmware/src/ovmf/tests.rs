@@ -22,7 +22,8 @@ fn entry(table: &mut Vec<u8>, data: &[u8], guid: &[u8; 16]) {
 /// A volume of 16 KiB: pages of a pattern, then metadata and table as OVMF has them.
 pub(crate) fn volume(sections: &[(u32, u32, u32)]) -> Vec<u8> {
     let mut metadata = b"ASEV".to_vec();
-    let words = [16 + 12 * sections.len() as u32, 1, sections.len() as u32];
+    let count = u32::try_from(sections.len()).unwrap();
+    let words = [16 + 12 * count, 1, count];
     metadata.extend(words.iter().flat_map(|word| word.to_le_bytes()));
     metadata.extend(
         sections
@@ -42,7 +43,9 @@ pub(crate) fn volume(sections: &[(u32, u32, u32)]) -> Vec<u8> {
     entry(&mut table, &[], &TABLE_FOOTER);
     let at = table.len() - ENTRY_TAIL;
     table[at..at + 2].copy_from_slice(&u16::try_from(len + ENTRY_TAIL).unwrap().to_le_bytes());
-    let mut file: Vec<u8> = (0..0x4000u32).map(|i| (i * 7 + i / 4096) as u8).collect();
+    let mut file: Vec<u8> = (0..0x4000u32)
+        .map(|i| ((i * 7 + i / 4096) & 0xFF).try_into().unwrap())
+        .collect();
     let end = file.len() - TABLE_END;
     file[end - table.len()..end].copy_from_slice(&table);
     let start = file.len() - 0x800;

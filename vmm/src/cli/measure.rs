@@ -6,7 +6,7 @@ use podvisor_firmware::igvm::{self, PlanOptions, ZeroPages};
 use podvisor_firmware::linux::{ImageKind, detect};
 use podvisor_firmware::ovmf::{self, BootHashes, Hypervisor, OvmfOptions};
 use podvisor_firmware::plan::{LaunchPlan, Platform};
-use podvisor_snp::digest::{predict, sha256};
+use podvisor_snp::digest::{PredictError, predict, predict_pages, sha256};
 
 use super::args::{MeasureArgs, VmmTypeArg, ZeroPagesArg};
 use super::{Failure, chain, print};
@@ -16,20 +16,25 @@ use crate::hex;
 pub(super) fn run(args: &MeasureArgs) -> Result<(), Failure> {
     let name = args.file.display();
     let file = map(&args.file)?;
-    let plan = if detect(&file) != ImageKind::Igvm && ovmf::is_ovmf(&file) {
-        of_ovmf(args, &file)?
+    let fail = |e: &PredictError| Failure::runtime(format!("{name}: {}", chain(e)));
+    let (plan, volume) = if detect(&file) != ImageKind::Igvm && ovmf::is_ovmf(&file) {
+        (of_ovmf(args, &file)?, Some(ovmf::volume(&file)))
     } else {
-        of_igvm(args, &file)?
+        (of_igvm(args, &file)?, None)
     };
-    let prediction = predict(&plan, args.vcpus).map_err(|e| Failure::runtime(format!("{name}: {}", chain(&e))))?;
+    let prediction = predict(&plan, args.vcpus).map_err(|e| fail(&e))?;
     let digest = hex::encode(&prediction.digest);
     if args.json {
-        let json = serde_json::json!({
+        let mut json = serde_json::json!({
             "launch_digest": digest,
             "vcpus": args.vcpus,
             "measured_bytes": prediction.measured_bytes,
             "pages": prediction.pages,
         });
+        if let (Some(volume), Some(fields)) = (volume, json.as_object_mut()) {
+            let digest = predict_pages(&volume).map_err(|e| fail(&e))?;
+            fields.insert("volume_digest".to_owned(), hex::encode(&digest).into());
+        }
         return print(&json.to_string());
     }
     print(&digest)
