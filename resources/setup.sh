@@ -40,6 +40,7 @@ need_tests() {
     apt_need qemu-img qemu-utils
     apt_need mkfs.ext4 e2fsprogs
     apt_need file file
+    apt_need openssl openssl
     need_nested
     cargo_need cargo-nextest cargo-nextest
     cargo_need cargo-deny cargo-deny
