@@ -1,4 +1,4 @@
-//! `podvisor attest` as a user runs it, on a report of the emulated processor, and OpenSSL's word on the same report: its
+//! `podvisor attest` and `id-block` as a user runs it, on a report of the emulated processor, and OpenSSL's word on the same report: its
 //! chain, and its signature taken apart by hand. What is verified in which order is tested in `snp/`.
 #![allow(
     clippy::indexing_slicing,
@@ -212,5 +212,83 @@ fn openssl_and_podvisor_believe_and_refuse_the_same_reports() {
         assert!(!openssl_believes(dir, &changed), "byte {at:#x}");
         let said = refused(1, &file(dir, "changed", &changed), &[]);
         assert!(said.contains("the report's signature"), "byte {at:#x}: {said}");
+    }
+}
+
+const PKCS8: &str = include_str!("../../snp/tests/data/p384-pkcs8.pem");
+const SEC1: &str = include_str!("../../snp/tests/data/p384-sec1.pem");
+
+#[test]
+fn a_signed_id_block_is_what_the_firmware_accepts_for_its_launch_alone() {
+    use podvisor_snp::id_block::check;
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let (id, author) = (
+        file(dir, "id.pem", PKCS8.as_bytes()),
+        file(dir, "author.pem", SEC1.as_bytes()),
+    );
+    let sign = |options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_podvisor"));
+        command
+            .current_dir(dir)
+            .args(["id-block", "sign", "--block", "block", "--auth", "auth"]);
+        command.arg("--id-key").arg(&id).args(options).output().unwrap()
+    };
+    let digest = "d1".repeat(48);
+    let author = author.to_str().unwrap();
+    let family = "0f".repeat(16);
+    let options = [
+        "--digest",
+        &digest,
+        "--guest-svn",
+        "7",
+        "--family-id",
+        &family,
+        "--author-key",
+        author,
+    ];
+    let out = sign(&options);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let said: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let block: [u8; 96] = fs::read(dir.join("block")).unwrap().try_into().unwrap();
+    let auth: [u8; 4096] = fs::read(dir.join("auth")).unwrap().try_into().unwrap();
+    let identity = check(&block, &auth, true, &[0xD1; 48], 0x30000).unwrap();
+    assert_eq!((identity.guest_svn, identity.family_id), (7, [0x0F; 16]));
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    assert_eq!(said["id_key_digest"], hex(&identity.id_key_digest.0));
+    assert_eq!(said["author_key_digest"], hex(&identity.author_key_digest.0));
+    assert!(
+        check(&block, &auth, true, &[0xD2; 48], 0x30000).is_err(),
+        "another digest"
+    );
+    assert!(
+        check(&block, &auth, true, &[0xD1; 48], 0xB0000).is_err(),
+        "another policy"
+    );
+    for at in [0, 0x30, 0x40, 0x54] {
+        let mut changed = block;
+        changed[at] ^= 1;
+        assert!(
+            check(&changed, &auth, true, &[0xD1; 48], 0x30000).is_err(),
+            "byte {at:#x} of the block"
+        );
+    }
+    for at in [0, 4, 0x40, 0x88, 0x240, 0x244, 0x28C, 0x680, 0x880, 0x884] {
+        let mut changed = auth;
+        changed[at] ^= 1;
+        assert!(
+            check(&block, &changed, true, &[0xD1; 48], 0x30000).is_err(),
+            "byte {at:#x} of the authentication"
+        );
+    }
+    for (options, word) in [
+        (&["--digest", "d1"][..], "--digest"),
+        (&[], "--digest"),
+        (&["--digest", &digest, "--image-id", "00"], "--image-id"),
+        (&["--digest", &digest, "--policy", "0x10000"], "bit 17"),
+    ] {
+        let out = sign(options);
+        assert_eq!(out.status.code(), Some(2), "{options:?}");
+        assert!(text(&out.stderr).contains(word), "{options:?}: {}", text(&out.stderr));
     }
 }

@@ -59,6 +59,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: super::attest::AttestCommand,
     },
+    /// Sign an ID block for a SEV-SNP launch.
+    IdBlock {
+        #[command(subcommand)]
+        command: super::id_block::IdBlockCommand,
+    },
 }
 
 /// Tools for IGVM images.

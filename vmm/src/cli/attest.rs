@@ -313,7 +313,8 @@ fn expectations(args: &VerifyArgs) -> Result<Expectations, Failure> {
     })
 }
 
-fn exactly<const N: usize>(option: &str, text: &str) -> Result<[u8; N], Failure> {
+/// The `N` bytes that `text` has in hex.
+pub(super) fn exactly<const N: usize>(option: &str, text: &str) -> Result<[u8; N], Failure> {
     let bytes = hex::decode(text).and_then(|bytes| bytes.try_into().ok());
     bytes.ok_or_else(|| Failure::usage(format!("{option} {text}: must be {N} bytes, {} hex digits", 2 * N)))
 }
@@ -325,7 +326,8 @@ fn nonce(text: &str) -> Result<[u8; 64], Failure> {
     exactly("--nonce", &hex::encode(&bytes))
 }
 
-fn digest_of(image: &Path, vcpus: u32) -> Result<[u8; 48], Failure> {
+/// The launch digest of the IGVM image that `--image` names.
+pub(super) fn digest_of(image: &Path, vcpus: u32) -> Result<[u8; 48], Failure> {
     let fail = |e: &dyn std::fmt::Display| Failure::runtime(format!("--image {}: {e}", image.display()));
     let file = std::fs::File::open(image)
         .and_then(|file| crate::sys::map_file(&file))

@@ -17,10 +17,11 @@ use podvisor_firmware::image::{
 };
 use podvisor_firmware::plan::{LaunchPlan, Platform};
 use podvisor_snp::digest::{Prediction, predict_each};
-use podvisor_snp::id_block::{Signer, unsigned};
+use podvisor_snp::id_block::unsigned;
 use serde_json::json;
 
 use self::output::NewFile;
+use super::id_block::Signers;
 use super::{Failure, chain, print};
 use crate::hex;
 
@@ -103,7 +104,8 @@ impl PlatformArg {
     }
 }
 
-fn policy(text: &str) -> Result<u64, String> {
+/// Reads an SNP guest policy.
+pub(super) fn policy(text: &str) -> Result<u64, String> {
     const MUST_BE_ONE: u64 = 1 << 17;
     let policy = u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16);
     match policy {
@@ -165,7 +167,7 @@ pub(super) fn run(args: &BuildArgs) -> Result<(), Failure> {
     let kernel_file = Input::open("--kernel", &args.kernel)?;
     let initrd_file = args.initrd.as_deref().map(|path| Input::open("--initrd", path));
     let initrd_file = initrd_file.transpose()?;
-    let signers = Signers::read(args)?;
+    let signers = signers(args)?;
     let at_kernel =
         |e: &dyn std::error::Error| Failure::runtime(format!("--kernel {}: {}", args.kernel.display(), chain(e)));
     let unpacked = unpack(kernel_file.bytes()).map_err(|e| at_kernel(&e))?;
@@ -242,31 +244,15 @@ fn plans<'i>(args: &BuildArgs, image: &'i LinuxImage<'_>) -> Result<Vec<LaunchPl
         .collect()
 }
 
-/// The keys of the ID block.
-struct Signers {
-    id: Signer,
-    author: Option<Signer>,
-}
-
-impl Signers {
-    fn read(args: &BuildArgs) -> Result<Option<Self>, Failure> {
-        let read = |option: &str, path: &Path| {
-            let fail = |e: &dyn std::error::Error| Failure::runtime(format!("{option} {}: {e}", path.display()));
-            let text = std::fs::read(path).map_err(|e| fail(&e))?;
-            Signer::from_pem(&text).map_err(|e| fail(&e))
-        };
-        let Some(id) = &args.id_key else { return Ok(None) };
-        if !args.platform.contains(&PlatformArg::Snp) {
-            return Err(Failure::usage(
-                "--id-key: an ID block is for --platform snp; leave it out",
-            ));
-        }
-        let author = args.author_key.as_deref().map(|path| read("--author-key", path));
-        Ok(Some(Self {
-            id: read("--id-key", id)?,
-            author: author.transpose()?,
-        }))
+/// The keys of the ID block, if there is to be one.
+fn signers(args: &BuildArgs) -> Result<Option<Signers>, Failure> {
+    let Some(id) = &args.id_key else { return Ok(None) };
+    if !args.platform.contains(&PlatformArg::Snp) {
+        return Err(Failure::usage(
+            "--id-key: an ID block is for --platform snp; leave it out",
+        ));
     }
+    Signers::read(id, args.author_key.as_deref()).map(Some)
 }
 
 /// The digests, and with keys the ID block over that for `--vcpus`.
@@ -286,10 +272,7 @@ fn predictions(
         .and_then(|vcpus| predictions.get(vcpus.checked_sub(1)?));
     if let (Some(signers), Some(prediction)) = (signers, wanted) {
         let mut block = unsigned(prediction.digest);
-        signers
-            .id
-            .sign_block(&mut block, args.policy, signers.author.as_ref())
-            .map_err(|e| fail(&e))?;
+        signers.sign(&mut block, args.policy).map_err(|e| fail(&e))?;
         plan.id_block = Some(block);
     }
     Ok(predictions)

@@ -4,6 +4,7 @@
 mod args;
 mod attest;
 mod ctl;
+mod id_block;
 mod igvm_build;
 mod inspect;
 mod measure;
@@ -59,6 +60,7 @@ pub fn run(start: Instant) -> ExitCode {
         Some(Command::Size(args)) => size::run(&args),
         Some(Command::Measure(args)) => measure::run(&args),
         Some(Command::Attest { command }) => attest::run(&command),
+        Some(Command::IdBlock { command }) => id_block::run(&command),
         Some(Command::Demo(args)) => return ExitCode::from(crate::demo::run(&args)),
         Some(Command::Igvm {
             command: IgvmCommand::Inspect(args),
