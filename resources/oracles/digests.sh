@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compares `podvisor measure OVMF.fd` with sev-snp-measure 0.0.13 on Debian's OVMF.amdsev.fd.
+# Compares `podvisor measure OVMF.fd` and `podvisor id-block sign` with sev-snp-measure 0.0.13, on Debian's OVMF.amdsev.fd.
 #   digests.sh fetch             fetches both, into a cache outside the tree; status 77 and the reason if there is no network
 #   digests.sh compare PODVISOR  compares; what is recorded below is compared too while the file is the one it was recorded of
 set -euo pipefail
@@ -62,6 +62,33 @@ check() {
     compared=$((compared + 1))
 }
 
+# id_block DIR: the block, and all of its authentication but the signatures, which are random; the digests of the keys
+id_block() {
+    local keys=$here/../../snp/tests/data digest
+    digest=$(printf '%096d' 7)
+    "$podvisor" id-block sign --id-key "$keys/p384-pkcs8.pem" --author-key "$keys/p384-sec1.pem" --digest "$digest" \
+        --block "$1/block" --auth "$1/auth" >"$1/said"
+    "$tool/bin/python3" -c 'import sys; from sevsnpmeasure.id_block import main; sys.exit(main())' \
+        --idkey "$keys/p384-pkcs8.pem" --authorkey "$keys/p384-sec1.pem" \
+        --measurement "$(python3 -c 'import base64, sys; print(base64.b64encode(bytes.fromhex(sys.argv[1])).decode())' "$digest")" >"$1/theirs"
+    python3 - "$1" <<'PYTHON'
+import base64, json, re, sys
+read = lambda name: open(f"{sys.argv[1]}/{name}", "rb").read()
+theirs = dict(re.findall(r"([a-z_-]+)[=:] ?([A-Za-z0-9+/=]+?)(?:,|\n|$)", read("theirs").decode()))
+theirs = {name: base64.b64decode(value) for name, value in theirs.items()}
+said, auth = json.loads(read("said")), read("auth")
+unsigned = lambda auth: auth[:0x40] + auth[0x240:0x680] + auth[0x880:]
+pairs = [
+    ("block", read("block"), theirs["id-block"]),
+    ("authentication", unsigned(auth), unsigned(theirs["id-auth"])),
+    ("id_key_digest", bytes.fromhex(said["id_key_digest"]), theirs["id_key_hash"]),
+    ("author_key_digest", bytes.fromhex(said["author_key_digest"]), theirs["author_key"]),
+]
+wrong = [name for name, ours, other in pairs if ours != other]
+sys.exit(f"ID block: not as snp-create-id-block has it: {wrong}" if wrong else 0)
+PYTHON
+}
+
 compare() {
     podvisor=$1 failed=0 compared=0 known=true
     have
@@ -93,8 +120,9 @@ compare() {
     volume=$("$podvisor" measure "$ovmf" --cpu EPYC --json | sed -n 's/.*"volume_digest":"\([0-9a-f]*\)".*/\1/p')
     if [ "$volume" != "$want" ]; then echo "the volume alone: podvisor has $volume, sev-snp-measure has $want"; failed=1; fi
     compared=$((compared + 1))
+    id_block "$dir" || failed=1
     rm -rf "$dir"
-    echo "$compared digests compared with sev-snp-measure"
+    echo "$compared digests and an ID block compared with sev-snp-measure"
     [ $failed = 0 ]
 }
 
