@@ -7,6 +7,7 @@
 pub mod acpi;
 pub mod igvm;
 pub mod image;
+pub mod initdata;
 pub mod inspect;
 pub mod layout;
 pub mod linux;

@@ -3,7 +3,8 @@
 
 use std::borrow::Cow;
 
-use aws_lc_rs::digest::{SHA256, SHA384, digest};
+use aws_lc_rs::digest::{SHA256, SHA384, SHA512, digest};
+use podvisor_firmware::initdata::{self, Algorithm, InitdataError};
 use podvisor_firmware::plan::{KVM_VMSA_GPA, LaunchPlan, PAGE_SIZE, PageKind, Platform, Step};
 use podvisor_firmware::vmsa::vmsa_page;
 
@@ -52,6 +53,27 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     let mut out = [0; 32];
     out.copy_from_slice(digest(&SHA256, bytes).as_ref());
     out
+}
+
+/// HOST_DATA of a pod with the initdata in `file`, which is the TOML or a disk with it: the first 32 bytes of its hash.
+///
+/// # Errors
+/// [`InitdataError`].
+pub fn initdata_host_data(file: &[u8]) -> Result<[u8; 32], InitdataError> {
+    let (toml, algorithm) = initdata::read(file)?;
+    let hash = digest(
+        match algorithm {
+            Algorithm::Sha256 => &SHA256,
+            Algorithm::Sha384 => &SHA384,
+            Algorithm::Sha512 => &SHA512,
+        },
+        &toml,
+    );
+    let mut out = [0; 32];
+    for (to, from) in out.iter_mut().zip(hash.as_ref()) {
+        *to = *from;
+    }
+    Ok(out)
 }
 
 /// A launch digest being built: `LD(0)` is 48 zero bytes, `LD(i+1) = SHA-384(PAGE_INFO(i))`.

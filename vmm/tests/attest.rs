@@ -79,6 +79,14 @@ fn each_expectation_is_held_against_its_field() {
         .map(|byte| format!("{byte:02x}"))
         .collect();
     assert!(said.contains("HOST_DATA") && said.contains(&hash), "{said}");
+    // The digest is that of the command line's `sha512sum`, its first 32 bytes.
+    let toml = "version = \"0.1.0\"\nalgorithm = \"sha512\"\n[data]\n";
+    let initdata = file(dir.path(), "initdata", toml.as_bytes());
+    let said = refused(1, &report, &["--initdata", initdata.to_str().unwrap()]);
+    let sum = Command::new("sha512sum").arg(&initdata).output().unwrap();
+    let want = format!("but {} is expected", &text(&sum.stdout)[..64]);
+    assert!(said.contains("HOST_DATA") && said.contains(&want), "{said}");
+    assert!(refused(1, &report, &["--initdata", policy]).contains("line 1"));
     let zeros = "00".repeat(48);
     for (option, value, field) in [
         ("--nonce", "5a", "REPORT_DATA"),

@@ -9,7 +9,7 @@ use podvisor_firmware::igvm::{self, PlanOptions};
 use podvisor_firmware::plan::Platform;
 use podvisor_snp::chain::table;
 use podvisor_snp::chain::x509;
-use podvisor_snp::digest::{predict, sha256};
+use podvisor_snp::digest::{initdata_host_data, predict, sha256};
 use podvisor_snp::report::{REPORT_LEN, Report, Tcb};
 use podvisor_snp::verify::{Certificates, Expectations, Roots, Verified, amd_intermediates, verify};
 use serde_json::{Value, json};
@@ -70,6 +70,9 @@ pub(crate) struct VerifyArgs {
     /// File whose SHA-256 is expected as HOST_DATA: the pod's policy.
     #[arg(long, value_name = "FILE")]
     policy_file: Option<PathBuf>,
+    /// File whose hash is expected as HOST_DATA: initdata of Confidential Containers (TOML, or the disk with it).
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["host_data", "policy_file"])]
+    initdata: Option<PathBuf>,
     /// REPORT_DATA that is expected: up to 64 bytes, zeros follow.
     #[arg(long, value_name = "HEX")]
     nonce: Option<String>,
@@ -293,10 +296,14 @@ fn expectations(args: &VerifyArgs) -> Result<Expectations, Failure> {
         (None, Some(image)) => Some(digest_of(image, args.vcpus)?),
         (None, None) => None,
     };
-    let host_data = match (&args.host_data, &args.policy_file) {
-        (Some(host_data), _) => Some(exactly("--host-data", host_data)?),
-        (None, Some(policy)) => Some(sha256(&read(policy)?)),
-        (None, None) => None,
+    let host_data = match (&args.host_data, &args.policy_file, &args.initdata) {
+        (Some(host_data), ..) => Some(exactly("--host-data", host_data)?),
+        (None, Some(policy), _) => Some(sha256(&read(policy)?)),
+        (None, None, Some(path)) => Some(
+            initdata_host_data(&read(path)?)
+                .map_err(|e| Failure::runtime(format!("--initdata {}: {e}", path.display())))?,
+        ),
+        (None, None, None) => None,
     };
     let key = |option, text: &Option<String>| text.as_deref().map(|text| exactly(option, text)).transpose();
     Ok(Expectations {
